@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the middle layer may ask of a Ceph cluster. ``librbd.py`` does it for real, the tests' fake in memory.
+
+The docstrings are the contract: ``tests/contract`` runs the same cases on both. Every method may raise
+:class:`~nova_rbd_snap.errors.Unreachable` (its change may or may not have happened), ``Blocklisted``,
+``NoPermission`` and ``NoSpace``; only what is special is listed. Every method may be called from several threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Optional, Protocol
+
+from nova_rbd_snap.specs import ImageSpec, SnapSpec
+
+#: Called with bytes done and bytes in all; False asks to stop.
+OnProgress = Callable[[int, int], bool]
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """An rbd image as it stands.
+
+    :ivar id: survives renames, and is what identifies the rbd image in the ledger.
+    :ivar parent: the snapshot it is a clone of. A trashed snapshot carries a UUID instead of its own name.
+    :ivar data_pool: pool of its data objects where that is not its own pool.
+    """
+
+    id: str
+    size_bytes: int
+    parent: Optional[SnapSpec]
+    data_pool: Optional[str]
+    deep_flatten: bool
+    journaling: bool
+    mirrored: bool
+
+
+@dataclass(frozen=True)
+class SnapInfo:
+    """A snapshot as it stands.
+
+    :ivar name: the name it was made with, also once it is trashed.
+    :ivar trashed: removed, but kept by librbd while a clone depends on it.
+    """
+
+    id: int
+    name: str
+    protected: bool
+    trashed: bool
+
+
+class Cluster(Protocol):
+    """One connection to one cluster as one user."""
+
+    def fsid(self) -> str:
+        """The id of the cluster."""
+
+    def address(self) -> str:
+        """This client's address with nonce: what fencing would blocklist."""
+
+    def has_pool(self, pool: str) -> bool:
+        """Whether there is such a pool."""
+
+    def exists(self, image: ImageSpec) -> bool:
+        """Whether the name is taken, be it by a half-made rbd image that cannot be opened."""
+
+    def lookup(self, image: ImageSpec) -> ImageInfo:
+        """:raises Missing: it does not exist, or is half-made and cannot be opened."""
+
+    def usual_data_pool(self, pool: str) -> Optional[str]:
+        """The data pool of the rbd images that are in *pool*, judged by one of them; None without one."""
+
+    def snaps(self, image: ImageSpec) -> list[SnapInfo]:
+        """All snapshots, trashed ones included, oldest first. :raises Missing: no such rbd image."""
+
+    def create_snap(self, snap: SnapSpec) -> int:
+        """Freeze the rbd image now; returns the snapshot's id. About a second: a monitor's proposal.
+
+        :raises AlreadyThere: the name is taken by another snapshot.
+        """
+
+    def protect_snap(self, snap: SnapSpec) -> None:
+        """Allow clones in format 1, and forbid removal. :raises Busy: it is protected already."""
+
+    def unprotect_snap(self, snap: SnapSpec) -> None:
+        """:raises Busy: a clone depends on it."""
+
+    def remove_snap(self, snap: SnapSpec) -> None:
+        """Remove by name. With clones in format 2 it is trashed, and goes by itself with the last of them.
+
+        :raises Busy: it is protected.
+        :raises Missing: no such snapshot, or no longer under this name.
+        """
+
+    def remove_snap_by_id(self, image: ImageSpec, snap_id: int) -> None:
+        """Remove by id: a live one as :meth:`remove_snap` does, a trashed one for good.
+
+        :raises Busy: it is protected, or trashed and a clone depends on it.
+        :raises Missing: no such snapshot.
+        """
+
+    def clone(self, snap: SnapSpec, dest: ImageSpec, data_pool: Optional[str]) -> str:
+        """Make *dest* a copy-on-write child of *snap*, able to be deep-flattened; returns the id of *dest*.
+
+        A call that did not return may leave a half-made rbd image under the name (``docs/design/ceph.rst``).
+        Implements ``rbd_clone3``.
+
+        :raises AlreadyThere: *dest* exists.
+        """
+
+    def flatten(self, image: ImageSpec, on_progress: OnProgress) -> None:
+        """Copy what is still only in the parent and cut the link, for the snapshots of *image*, too. Repeatable.
+
+        :raises Cancelled: *on_progress* asked to stop; the parent is kept.
+        """
+
+    def remove(self, image: ImageSpec) -> None:
+        """Remove a whole or half-made rbd image.
+
+        :raises Missing: the name is free.
+        :raises HasSnapshots: it has snapshots.
+        :raises Busy: it is open somewhere; a dead client counts for about 30 s.
+        """
+
+    def omap_items(self, pool: str, name: str) -> dict[str, str]:
+        """All pairs of the RADOS object *name*; empty where there is no object."""
+
+    def omap_replace(self, pool: str, name: str, key: str, old: Optional[str], new: Optional[str]) -> None:
+        """Set *key* to *new*, or remove it, in one step and only while it is *old* (None: absent).
+
+        :raises LedgerConflict: it is something else; nothing was changed.
+        """

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real cluster through librados and librbd: the only place that imports their bindings.
+
+Time-outs are set on this connection alone. They do not belong into ceph.conf, which QEMU reads as well: a guest
+must wait for a slow cluster, not get I/O errors from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from typing import Any, Optional
+
+import rados
+import rbd
+
+from nova_rbd_snap import errors
+from nova_rbd_snap.ceph import translate
+from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo
+from nova_rbd_snap.specs import ImageSpec, SnapSpec
+
+_OMAP_PAGE = 1000
+
+
+def _translated(doing: str) -> contextlib.AbstractContextManager[None]:
+    return translate.translated(doing, rados.Error, rbd.Error)
+
+
+def _feature_bits(text: str) -> int:
+    """``rbd_default_features`` as a number: librbd accepts a number or names."""
+    text = text.strip()
+    if text.isdigit():
+        return int(text)
+    names = (name.strip().replace("-", "_").upper() for name in text.split(","))
+    return sum(getattr(rbd, f"RBD_FEATURE_{name}") for name in names if name)
+
+
+class LibrbdCluster:
+    """See :class:`nova_rbd_snap.ceph.interface.Cluster`."""
+
+    def __init__(self, *, conf: str, user: Optional[str], timeout_seconds: int, clone_format: int) -> None:
+        """Connect.
+
+        :param conf: path of ceph.conf; empty for librados' own search.
+        :param user: cephx user without ``client.``.
+        :param timeout_seconds: bound of each single RADOS operation; one librbd call takes several.
+        :raises errors.Unreachable: no monitor answered.
+        :raises errors.Missing: no configuration file or keyring.
+        """
+        options = {
+            "client_mount_timeout": str(timeout_seconds),
+            "rados_mon_op_timeout": str(timeout_seconds),
+            "rados_osd_op_timeout": str(timeout_seconds),
+            "rbd_default_clone_format": str(clone_format),
+        }
+        with _translated(f"connect to Ceph as {user or 'the default user'} with {conf or 'the default ceph.conf'}"):
+            self._rados = rados.Rados(rados_id=user, conffile=conf, conf=options)
+            self._rados.connect()
+
+    @contextlib.contextmanager
+    def _pool(self, pool: str) -> Iterator[Any]:
+        ioctx = self._rados.open_ioctx(pool)
+        try:
+            # A full pool answers EDQUOT or ENOSPC at once instead of holding the call until there is room.
+            ioctx.set_osdmap_full_try()
+            yield ioctx
+        finally:
+            ioctx.close()
+
+    @contextlib.contextmanager
+    def _image(self, image: ImageSpec, doing: str, *, read_only: bool = False) -> Iterator[Any]:
+        with _translated(doing), self._pool(image.pool) as ioctx:
+            opened = rbd.Image(ioctx, image.name, read_only=read_only)
+            with opened:
+                yield opened
+
+    def fsid(self) -> str:
+        with _translated("ask for the cluster's fsid"):
+            return str(self._rados.get_fsid())
+
+    def address(self) -> str:
+        with _translated("ask for this client's address"):
+            return str(self._rados.get_addrs())
+
+    def has_pool(self, pool: str) -> bool:
+        with _translated(f"look up pool {pool}"):
+            return bool(self._rados.pool_exists(pool))
+
+    def exists(self, image: ImageSpec) -> bool:
+        with _translated(f"look for {image}"), self._pool(image.pool) as ioctx:
+            try:
+                # librbd creates this object first and removes it last, so it stands for half-made images, too.
+                ioctx.stat(f"rbd_id.{image.name}")
+            except rados.ObjectNotFound:
+                return False
+            return True
+
+    def lookup(self, image: ImageSpec) -> ImageInfo:
+        with self._image(image, f"look up {image}", read_only=True) as opened:
+            features = opened.features()
+            mirroring = opened.mirror_image_get_info()["state"]
+            return ImageInfo(
+                id=opened.id(),
+                size_bytes=opened.size(),
+                parent=self._parent(opened),
+                data_pool=self._data_pool(image.pool, opened),
+                deep_flatten=bool(features & rbd.RBD_FEATURE_DEEP_FLATTEN),
+                journaling=bool(features & rbd.RBD_FEATURE_JOURNALING),
+                mirrored=mirroring == rbd.RBD_MIRROR_IMAGE_ENABLED,
+            )
+
+    @staticmethod
+    def _parent(opened: Any) -> Optional[SnapSpec]:
+        try:
+            pool, name, snap = opened.parent_info()
+        except rbd.ImageNotFound:
+            return None
+        return ImageSpec(pool, name).snap(snap)
+
+    def _data_pool(self, pool: str, opened: Any) -> Optional[str]:
+        name = self._rados.pool_reverse_lookup(opened.data_pool_id())
+        return None if name == pool else str(name)
+
+    def usual_data_pool(self, pool: str) -> Optional[str]:
+        with _translated(f"look at an rbd image in pool {pool}"), self._pool(pool) as ioctx:
+            for entry in rbd.RBD().list2(ioctx):
+                try:
+                    opened = rbd.Image(ioctx, image_id=entry["id"], read_only=True)
+                except (rbd.ImageNotFound, rbd.PermissionError):
+                    continue  # deleted, half-made, or a clone whose parent is not ours to read: it says nothing
+                with opened:
+                    return self._data_pool(pool, opened)
+        return None
+
+    def snaps(self, image: ImageSpec) -> list[SnapInfo]:
+        with self._image(image, f"list the snapshots of {image}", read_only=True) as opened:
+            return [self._snap_info(opened, snap) for snap in opened.list_snaps()]
+
+    @staticmethod
+    def _snap_info(opened: Any, snap: dict[str, Any]) -> SnapInfo:
+        trashed = snap["namespace"] == rbd.RBD_SNAP_NAMESPACE_TYPE_TRASH
+        return SnapInfo(
+            id=snap["id"],
+            name=snap["trash"]["original_name"] if trashed else snap["name"],
+            protected=snap["namespace"] == rbd.RBD_SNAP_NAMESPACE_TYPE_USER
+            and opened.is_protected_snap(snap["name"]),
+            trashed=trashed,
+        )
+
+    def create_snap(self, snap: SnapSpec) -> int:
+        with self._image(snap.image, f"create snapshot {snap}") as opened:
+            opened.create_snap(snap.name)
+            return int(opened.snap_get_id(snap.name))
+
+    def protect_snap(self, snap: SnapSpec) -> None:
+        with self._image(snap.image, f"protect snapshot {snap}") as opened:
+            opened.protect_snap(snap.name)
+
+    def unprotect_snap(self, snap: SnapSpec) -> None:
+        with self._image(snap.image, f"unprotect snapshot {snap}") as opened:
+            opened.unprotect_snap(snap.name)
+
+    def remove_snap(self, snap: SnapSpec) -> None:
+        with self._image(snap.image, f"remove snapshot {snap}") as opened:
+            opened.remove_snap(snap.name)
+
+    def remove_snap_by_id(self, image: ImageSpec, snap_id: int) -> None:
+        with self._image(image, f"remove snapshot {snap_id} of {image}") as opened:
+            opened.remove_snap_by_id(snap_id)
+
+    def clone(self, snap: SnapSpec, dest: ImageSpec, data_pool: Optional[str]) -> str:
+        source = snap.image
+        with _translated(f"clone {snap} to {dest}"), self._pool(source.pool) as src, self._pool(dest.pool) as dst:
+            rbd.RBD().clone(
+                src, source.name, snap.name, dst, dest.name, features=self._clone_features(), data_pool=data_pool
+            )
+            with rbd.Image(dst, dest.name, read_only=True) as opened:
+                return str(opened.id())
+
+    def _clone_features(self) -> int:
+        """The operator's default features and what a clone of ours must have, without what it must not."""
+        wanted = _feature_bits(self._rados.conf_get("rbd_default_features"))
+        wanted |= rbd.RBD_FEATURE_LAYERING | rbd.RBD_FEATURE_DEEP_FLATTEN
+        return int(wanted & ~rbd.RBD_FEATURE_JOURNALING)
+
+    def flatten(self, image: ImageSpec, on_progress: OnProgress) -> None:
+        with self._image(image, f"flatten {image}") as opened:
+            object_bytes = opened.stat()["obj_size"]
+
+            def step(done: int, total: int) -> int:
+                # librbd counts objects. Only a negative number stops it; an exception in here would be swallowed.
+                return 0 if on_progress(done * object_bytes, total * object_bytes) else -errno.ECANCELED
+
+            try:
+                opened.flatten(on_progress=step)
+            except rbd.OperationCanceled as error:
+                raise errors.Cancelled(f"the flatten of {image} was cancelled") from error
+            except rbd.InvalidArgument:
+                # librbd's answer for an image without a parent: flat already, or half-made; the caller can tell.
+                if self._parent(opened) is not None:
+                    raise
+
+    def remove(self, image: ImageSpec) -> None:
+        try:
+            with _translated(f"remove {image}"), self._pool(image.pool) as ioctx:
+                rbd.RBD().remove(ioctx, image.name)
+        except errors.Missing as error:
+            # On a full pool librbd says "not found" of an image that is there.
+            if self.exists(image):
+                raise errors.CephError(f"remove {image}: librbd says not found, but it is still there") from error
+            raise
+
+    def omap_items(self, pool: str, name: str) -> dict[str, str]:
+        found: dict[str, str] = {}
+        with _translated(f"read {pool}/{name}"), self._pool(pool) as ioctx, contextlib.suppress(rados.ObjectNotFound):
+            while page := self._omap_page(ioctx, name, after=max(found, default="")):
+                found.update(page)
+        return found
+
+    @staticmethod
+    def _omap_page(ioctx: Any, name: str, after: str) -> dict[str, str]:
+        with rados.ReadOpCtx() as operation:
+            pairs, _ = ioctx.get_omap_vals(operation, after, "", _OMAP_PAGE)
+            ioctx.operate_read_op(operation, name)
+            return {key: value.decode() for key, value in pairs}
+
+    def omap_replace(self, pool: str, name: str, key: str, old: Optional[str], new: Optional[str]) -> None:
+        with _translated(f"write {key} in {pool}/{name}"), self._pool(pool) as ioctx, rados.WriteOpCtx() as operation:
+            operation.new(rados.LIBRADOS_CREATE_IDEMPOTENT)
+            # A key that is absent compares as the empty string.
+            operation.omap_cmp(key, old or "", rados.LIBRADOS_CMPXATTR_OP_EQ)
+            if new is None:
+                ioctx.remove_omap_keys(operation, (key,))
+            else:
+                ioctx.set_omap(operation, (key,), (new,))
+            try:
+                ioctx.operate_write_op(operation, name)
+            except rados.Error as error:
+                if getattr(error, "errno", None) != errno.ECANCELED:
+                    raise
+                raise errors.LedgerConflict(f"{pool}/{name}: {key} is not what it was") from error

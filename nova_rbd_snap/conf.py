@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``[rbd_snap]`` options, and :class:`Settings`: what the engine needs of nova.conf, as plain values.
+
+nova-compute, the engine and the command line read the same nova.conf; only this module knows option names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from oslo_config import cfg
+
+GROUP = cfg.OptGroup(
+    "rbd_snap",
+    title="Snapshots inside Ceph",
+    help="Snapshots of RBD-backed servers by cloning inside Ceph (nova-rbd-snap). Takes effect with "
+    "[DEFAULT] compute_driver = rbd_snap.LibvirtDriver.",
+)
+
+#: The rungs of the ladder that exist, best first.
+WAYS = ("clone", "nova")
+
+OPTIONS = [
+    cfg.BoolOpt(
+        "enabled",
+        default=True,
+        help="Take new snapshots with nova-rbd-snap. False means Nova's own way for new snapshots; what "
+        "nova-rbd-snap made earlier is still looked after.",
+    ),
+    cfg.ListOpt(
+        "ways",
+        default=list(WAYS),
+        item_type=cfg.types.String(choices=WAYS),
+        help="Ways to take a snapshot, tried in this order until one succeeds. 'clone' clones the disk inside "
+        "Ceph. 'nova' is Nova's own full copy through a local file; without it a snapshot that cannot be cloned "
+        "fails.",
+    ),
+    cfg.StrOpt(
+        "glance_pool",
+        help="Pool of the Glance rbd store that snapshots are cloned into. Unset: the pool of the disk's parent; "
+        "for a disk without a parent that of the store [libvirt] images_rbd_glance_store_name names, else that of "
+        "the server's base image.",
+    ),
+    cfg.StrOpt(
+        "glance_data_pool",
+        help="Data pool of the clone, where Glance keeps its data in an erasure-coded pool. Unset: the one that "
+        "Glance's own images in the destination pool use.",
+    ),
+    cfg.StrOpt(
+        "flatten",
+        default="inline",
+        choices=[("inline", "before the image becomes usable")],
+        help="When the snapshot's copy-on-write link to the server's disk is cut.",
+    ),
+    cfg.Opt(  # IntOpt takes no choices in the oslo.config of Nova 26
+        "clone_format",
+        default=2,
+        type=cfg.types.Integer(
+            choices=[
+                (2, "no protected snapshot on the server's disk; read by every librbd since Ceph 13 (Mimic)"),
+                (1, "the older format, for clusters with clients older than that"),
+            ]
+        ),
+        help="Format of the clone.",
+    ),
+    cfg.IntOpt(
+        "operation_timeout",
+        default=60,
+        min=5,
+        help="Seconds without progress after which the cluster or Glance is taken not to answer. It bounds each "
+        "single operation, never the length of a copy that moves.",
+    ),
+    cfg.StrOpt(
+        "auth_section",
+        default="service_user",
+        help="Section with the keystone credentials that are used where no user's token is at hand: to re-read "
+        "an image record after nova-compute died.",
+    ),
+]
+
+#: What we read of Nova's own options where Nova is not there to register them. Names and meaning are Nova's.
+_NOVAS = {
+    "libvirt": [
+        cfg.StrOpt("images_rbd_pool", default="rbd"),
+        cfg.StrOpt("images_rbd_ceph_conf", default=""),
+        cfg.StrOpt("rbd_user"),
+    ],
+}
+
+
+class BadOption(Exception):
+    """An option's value cannot be used; the message names the option and the remedy."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the engine needs to know.
+
+    :ivar pool: Nova's pool, where the servers' disks and the ledger are.
+    :ivar ceph_conf: path of the Ceph configuration file, empty for librados' own search.
+    :ivar ceph_user: cephx user without ``client.``, None for librados' default.
+    :ivar operation_timeout: seconds.
+    """
+
+    pool: str
+    ceph_conf: str
+    ceph_user: Optional[str]
+    glance_pool: Optional[str]
+    glance_data_pool: Optional[str]
+    clone_format: int
+    operation_timeout: int
+    auth_section: str
+
+    @classmethod
+    def read(cls, conf: Any) -> Settings:
+        """The settings in *conf*, an oslo.config ``ConfigOpts`` with our and Nova's options registered.
+
+        :raises BadOption: a value is out of its range.
+        """
+        _validate(conf)
+        ours = conf.rbd_snap
+        return cls(
+            pool=conf.libvirt.images_rbd_pool,
+            ceph_conf=conf.libvirt.images_rbd_ceph_conf or "",
+            ceph_user=conf.libvirt.rbd_user,
+            glance_pool=ours.glance_pool,
+            glance_data_pool=ours.glance_data_pool,
+            clone_format=ours.clone_format,
+            operation_timeout=ours.operation_timeout,
+            auth_section=ours.auth_section,
+        )
+
+
+def _validate(conf: Any) -> None:
+    """:raises BadOption: for the first option of ours whose value cannot be used."""
+    for option in OPTIONS:
+        try:
+            conf.rbd_snap[option.name]
+        except ValueError as error:
+            raise BadOption(f"[rbd_snap] {option.name}: {error}; correct it or remove the line") from error
+    ways = conf.rbd_snap.ways
+    # Nova's copy leaves the task states as no other way may find them.
+    if not ways or len(set(ways)) != len(ways) or "nova" in ways[:-1]:
+        raise BadOption(f"[rbd_snap] ways is {','.join(ways)!r}; name each way once, and 'nova' last")
+
+
+def make_readable(conf: Any) -> None:
+    """Put defaults where a value of ours cannot be used: for services that go on without us.
+
+    oslo.service reads every option when a service starts, and ends it at the first that cannot be read.
+    """
+    for option in OPTIONS:
+        try:
+            conf.rbd_snap[option.name]
+        except ValueError:
+            conf.set_override(option.name, option.default, group=GROUP.name)
+
+
+def reasons_for_no_clone(conf: Any) -> Iterator[str]:
+    """Why the clone way will be refused whatever the disk, as sentences that name the option and the remedy."""
+    if conf.libvirt.images_type != "rbd":
+        yield (
+            f"[libvirt] images_type is {conf.libvirt.images_type!r}: only disks in Ceph can be cloned; "
+            "set it to rbd, or set compute_driver back to libvirt.LibvirtDriver"
+        )
+    snapshot_format = conf.libvirt.snapshot_image_format
+    if snapshot_format not in (None, "raw"):
+        yield (
+            f"[libvirt] snapshot_image_format is {snapshot_format!r}, but a clone holds raw bytes: every snapshot "
+            "will be Nova's own full copy; unset it, or set it to raw"
+        )
+
+
+def register(conf: Any) -> None:
+    """Make the ``[rbd_snap]`` options known to *conf*; repeatable."""
+    conf.register_group(GROUP)
+    conf.register_opts(OPTIONS, group=GROUP)
+
+
+def load(arguments: Sequence[str]) -> Any:
+    """nova.conf as read by a process without Nova.
+
+    :param arguments: ``--config-file`` and ``--config-dir`` as nova-compute got them; empty for its default files.
+    """
+    conf = cfg.ConfigOpts()
+    register(conf)
+    for group, options in _NOVAS.items():
+        conf.register_opts(options, group=group)
+    conf(list(arguments), project="nova", prog="nova-compute")
+    return conf
+
+
+def list_opts() -> list[tuple[Any, list[Any]]]:
+    """For the entry point ``oslo.config.opts``."""
+    return [(GROUP, OPTIONS)]

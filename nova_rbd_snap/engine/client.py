@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nova-compute's end of the socket: starts the engine when first needed, again with back-off, and ends a stuck one.
+
+Plain threads, locks and sockets, so that it works the same under eventlet, which makes them green, and without.
+eventlet is never imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Optional
+
+from nova_rbd_snap import errors
+from nova_rbd_snap.engine import Report, wire
+
+LOG = logging.getLogger(__name__)
+
+#: Seconds for a new engine to load its libraries and answer.
+_START_SECONDS = 60
+#: Seconds between two starts: 1, 2, 4 … up to the last.
+_BACK_OFF_SECONDS = (1, 8)
+#: An engine that lived this long ended for a new reason; back-off starts over.
+_LONG_LIFE_SECONDS = 120
+
+
+class _Process:
+    """One engine process and the calls under way in it."""
+
+    def __init__(self, command: Sequence[str], hello: dict[str, Any]) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                self._process = subprocess.Popen(
+                    [*command, "--fd", str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                )
+            except OSError as error:
+                ours.close()
+                raise errors.EngineUnavailable(f"the engine cannot be started: {error}") from error
+        self.pid = self._process.pid
+        self.started = time.monotonic()
+        self._socket = ours
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._waiting: dict[int, queue.Queue[Optional[dict[str, Any]]]] = {}
+        self.alive = True
+        self._greet(hello)
+        threading.Thread(target=self._read, name="nova-rbd-snap", daemon=True).start()
+
+    def _greet(self, hello: dict[str, Any]) -> None:
+        answer: Optional[dict[str, Any]] = None
+        self._socket.settimeout(_START_SECONDS)
+        try:
+            wire.send(self._socket, hello)
+            answer = wire.receive(self._socket)
+        except (OSError, ValueError) as error:
+            answer = {"error": f"no answer from the engine: {error}"}
+        self._socket.settimeout(None)
+        if answer is None or "error" in answer or answer["version"] != wire.VERSION:
+            self.end()
+            self._socket.close()
+            self._process.wait()
+            reason = (answer or {}).get("error", "it ended, or speaks another version")
+            raise errors.EngineUnavailable(f"the engine cannot be started: {reason}")
+
+    def _read(self) -> None:
+        while True:
+            try:
+                message = wire.receive(self._socket)
+            except (OSError, ValueError) as error:
+                LOG.warning("The engine's socket failed: %s", error)
+                message = None
+            if message is None:
+                break
+            if "log" in message:
+                level, name, text = message["log"]
+                logging.getLogger(name).log(level, "%s", text)
+            elif waiting := self._waiting.get(message["id"]):
+                waiting.put(message)
+        self._reap()
+
+    def _reap(self) -> None:
+        with self._lock:
+            self.alive = False
+            for waiting in self._waiting.values():
+                waiting.put(None)
+        self._socket.close()
+        code = self._process.wait()
+        LOG.info("The engine (process %d) ended with code %d", self.pid, code)
+
+    def end(self) -> None:
+        """End the process now; what it was doing is in the ledger."""
+        self.alive = False  # at once: the next call needs another process, not the rest of this one
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    def call(self, name: str, arguments: dict[str, Any], patience: float, report: Optional[Report]) -> Any:
+        """Make one call.
+
+        :param patience: seconds without a sign of progress after which the process is ended.
+        :raises errors.EngineStuck: that happened.
+        :raises errors.EngineLost: the process ended meanwhile.
+        :raises errors.SnapError: what the call raised.
+        """
+        answers: queue.Queue[Optional[dict[str, Any]]] = queue.Queue()
+        number = next(self._numbers)
+        with self._lock:
+            if not self.alive:
+                raise errors.EngineLost(f"the engine ended before '{name}'")
+            self._waiting[number] = answers
+            try:
+                wire.send(self._socket, {"id": number, "call": name, "arguments": arguments})
+            except OSError as error:
+                raise errors.EngineLost(f"the engine ended before '{name}': {error}") from error
+        try:
+            return self._await(answers, name, patience, report)
+        finally:
+            with self._lock:
+                del self._waiting[number]
+
+    def _await(
+        self, answers: queue.Queue[Optional[dict[str, Any]]], name: str, patience: float, report: Optional[Report]
+    ) -> Any:
+        step = name
+        while True:
+            try:
+                message = answers.get(timeout=patience)
+            except queue.Empty:
+                self.end()
+                raise errors.EngineStuck(
+                    f"the engine made no progress in '{step}' for {patience:.0f} s and was ended"
+                ) from None
+            if message is None:
+                raise errors.EngineLost(f"the engine ended during '{step}'")
+            if "report" in message:
+                step = message["report"][0]
+                if report:
+                    report(*message["report"])
+            elif "error" in message:
+                raise errors.from_wire(message["error"])
+            else:
+                return message["result"]
+
+
+class EngineClient:
+    """The engine as nova-compute sees it: the calls of :class:`nova_rbd_snap.engine.service.Engine`, each blocking."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        host: str,
+        machine: str,
+        patience_seconds: float,
+        command: Sequence[str] = (sys.executable, "-m", "nova_rbd_snap.engine"),
+    ) -> None:
+        """
+        :param arguments: ``--config-file`` and ``--config-dir`` as nova-compute got them.
+        :param patience_seconds: how long a call may show no progress before the engine is ended.
+        :param command: what to run; ``--fd`` and the socket's number are added after *arguments*.
+        """
+        self._command = (*command, *arguments)
+        self._hello = {"version": wire.VERSION, "host": host, "machine": machine}
+        self._patience = patience_seconds
+        self._starting = threading.Lock()
+        self._process: Optional[_Process] = None
+        self._owner_pid = os.getpid()
+        self._retry_at = 0.0
+        self._delay: float = _BACK_OFF_SECONDS[0]
+
+    def check(self) -> list[str]:
+        return list(self._call("check"))
+
+    def describe(self, disk: str) -> dict[str, Any]:
+        return dict(self._call("describe", disk=disk))
+
+    def clone(self, image_id: str, disk: str, dest_pool: str, report: Report) -> str:
+        return str(self._call("clone", report, image_id=image_id, disk=disk, dest_pool=dest_pool))
+
+    def freeze(self, job_id: str, disk: str, report: Report) -> str:
+        return str(self._call("freeze", report, job_id=job_id, disk=disk))
+
+    def finish(self, image_id: str) -> None:
+        self._call("finish", image_id=image_id)
+
+    def rollback(self, job_id: str) -> bool:
+        return bool(self._call("rollback", job_id=job_id))
+
+    def cancel(self, server: str) -> list[str]:
+        return list(self._call("cancel", server=server))
+
+    @property
+    def pid(self) -> Optional[int]:
+        """Process id of the running engine."""
+        process = self._process
+        return process.pid if process and process.alive else None
+
+    def _call(self, name: str, report: Optional[Report] = None, **arguments: Any) -> Any:
+        return self._running().call(name, arguments, self._patience, report)
+
+    def _running(self) -> _Process:
+        with self._starting:
+            if self._owner_pid != os.getpid():
+                # Nova forked after it made this client: the parent's engine is not ours to use.
+                self._process, self._owner_pid = None, os.getpid()
+            if self._process is None or not self._process.alive:
+                self._process = self._start()
+            return self._process
+
+    def _start(self) -> _Process:
+        if self._process is not None and time.monotonic() - self._process.started > _LONG_LIFE_SECONDS:
+            self._delay = _BACK_OFF_SECONDS[0]
+        wait = self._retry_at - time.monotonic()
+        if wait > 0 and self._process is None:
+            raise errors.EngineUnavailable(f"the engine could not be started; it is tried again in {wait:.0f} s")
+        if wait > 0:
+            # It did start, and ended: what it left needs an engine that undoes it, so wait rather than fail.
+            time.sleep(wait)
+        self._retry_at = time.monotonic() + self._delay
+        self._delay = min(2 * self._delay, _BACK_OFF_SECONDS[1])
+        process = _Process(self._command, self._hello)
+        LOG.info("Started the engine (process %d)", process.pid)
+        return process

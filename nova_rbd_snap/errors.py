@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tree of errors; code branches on these classes, never on message text.
+
+::
+
+    SnapError
+    ├── Refused             this disk or destination cannot be cloned; nothing was changed
+    ├── Cancelled           somebody asked for the work to stop: the server is being deleted, or the service ends
+    ├── CephError           a librados or librbd call failed
+    │   ├── Missing         pool, rbd image or snapshot does not exist (of a removal: says nothing, look again)
+    │   ├── AlreadyThere    the thing to be made exists, and this call did not make it
+    │   ├── Busy            in use: a watcher, a child, a lock
+    │   │   └── HasSnapshots
+    │   ├── NoPermission    cephx denied it
+    │   ├── NoSpace         pool or cluster full
+    │   ├── NotSupported    librbd, the image's features or the cluster cannot do it
+    │   └── Unreachable     no answer in time; whether it happened is unknown
+    │       └── Blocklisted this client was cut off and must reconnect
+    ├── LedgerError         the ledger's record is not what was expected
+    │   ├── LedgerConflict  somebody else wrote first
+    │   └── NoRecord        there is no such job
+    ├── EngineError         the engine process
+    │   ├── EngineUnavailable   cannot be started, or waits before it is started again
+    │   └── EngineLost      ended while it worked; what it did is in the ledger
+    │       └── EngineStuck was ended because it made no progress
+    └── GlanceError         registering the image
+        ├── RecordGone      the image record was deleted
+        ├── NotAuthorized   the token is not accepted (401)
+        ├── GlanceSilent    no answer in time; nothing that matters had been asked for
+        ├── NotRegistered   Glance refused, and the record does not point at our data
+        ├── NotQueued       the record is no longer waiting for data, and what it has is not ours
+        └── InDoubt         Glance may or may not have taken the location; the data is kept
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+
+class SnapError(Exception):
+    """Base of everything this project raises on purpose.
+
+    :ivar step: name of the step that failed, where there was one.
+    :ivar undo_failures: what could not be undone afterwards, as sentences; it stays in the ledger.
+    """
+
+    #: What an operator can do about it, as a clause; empty where there is nothing to do.
+    remedy = ""
+    #: False where a full copy by Nova would hang, be useless, or is not wanted.
+    may_fall_back = True
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.step: Optional[str] = None
+        self.undo_failures: list[str] = []
+
+    def report(self) -> str:
+        """Step, cause and remedy in one sentence each, for one log line."""
+        text = str(self)
+        if self.step:
+            text = f"step '{self.step}': {text}"
+        if self.remedy:
+            text += f"; remedy: {self.remedy}"
+        if self.undo_failures:
+            text += f"; could not be undone and is kept in the ledger: {'; '.join(self.undo_failures)}"
+        return text
+
+    def to_wire(self) -> dict[str, Any]:
+        """The error as plain data, for the socket between engine and nova-compute."""
+        return {
+            "type": type(self).__name__,
+            "message": str(self),
+            "step": self.step,
+            "undo_failures": self.undo_failures,
+        }
+
+
+class Refused(SnapError):
+    """This disk or destination cannot be cloned; nothing was changed."""
+
+
+class Cancelled(SnapError):
+    """Somebody asked for the work to stop; what was done has been undone."""
+
+    may_fall_back = False
+
+
+class CephError(SnapError):
+    """A librados or librbd call failed in a way that has no class of its own."""
+
+
+class Missing(CephError):
+    """A pool, rbd image or snapshot does not exist."""
+
+
+class AlreadyThere(CephError):
+    """The thing to be made exists already, and this call did not make it."""
+
+
+class Busy(CephError):
+    """In use: somebody watches it, is a child of it, or holds its lock."""
+
+
+class HasSnapshots(Busy):
+    """The rbd image still has snapshots."""
+
+
+class NoPermission(CephError):
+    """cephx denied the call."""
+
+    remedy = "give nova-compute's Ceph user 'profile rbd' on this pool, see 'Ceph users' in the README"
+
+
+class NoSpace(CephError):
+    """The pool's quota or the cluster is used up."""
+
+    remedy = "add space to the pool or raise its quota"
+
+
+class NotSupported(CephError):
+    """librbd, the features of the rbd image or the cluster cannot do it."""
+
+
+class Unreachable(CephError):
+    """The cluster did not answer in time; whether the change happened is unknown."""
+
+    remedy = "look at 'ceph status'; the wait is bounded by [rbd_snap] operation_timeout"
+    may_fall_back = False
+
+
+class Blocklisted(Unreachable):
+    """The cluster cut this client off; only a new connection can go on."""
+
+    remedy = "find out who blocklisted this client ('ceph osd blocklist ls')"
+
+
+class LedgerError(SnapError):
+    """The ledger's record is not what was expected."""
+
+
+class LedgerConflict(LedgerError):
+    """Somebody else wrote the record first, and their write stands."""
+
+
+class NoRecord(LedgerError):
+    """The ledger holds no such job."""
+
+
+class EngineError(SnapError):
+    """The engine process could not do the work."""
+
+
+class EngineUnavailable(EngineError):
+    """The engine cannot be started, or waits before it is started again."""
+
+
+class EngineLost(EngineError):
+    """The engine ended while it worked. What it did is in the ledger."""
+
+
+class EngineStuck(EngineLost):
+    """The engine made no progress and was ended: the cluster does not answer, not even with an error."""
+
+    remedy = Unreachable.remedy
+    may_fall_back = False
+
+
+class GlanceError(SnapError):
+    """Registering the image with Glance failed.
+
+    :ivar status: the HTTP status that Glance answered with, where it refused.
+    """
+
+    status: Optional[int] = None
+
+
+class RecordGone(GlanceError):
+    """The Glance record was deleted meanwhile."""
+
+    may_fall_back = False
+
+
+class NotAuthorized(GlanceError):
+    """Glance does not accept the token, so it would not accept an upload either."""
+
+    remedy = "set [service_user] send_service_user_token, so that a token that expires meanwhile stays good"
+    may_fall_back = False
+
+
+class GlanceSilent(GlanceError):
+    """Glance did not answer in time, so it would not take an upload either."""
+
+    may_fall_back = False
+
+
+class NotRegistered(GlanceError):
+    """Glance refused, and the record does not point at our data."""
+
+    remedy = (
+        "let Nova register locations: [service_user] with role 'service' for Glance 2024.2 and later, "
+        "else show_multiple_locations = True in glance-api.conf"
+    )
+
+
+class NotQueued(GlanceError):
+    """The record no longer waits for data, and the data it has is not ours."""
+
+    may_fall_back = False
+
+
+class InDoubt(GlanceError):
+    """Glance may or may not have taken the location. The data is kept and the job stays in the ledger."""
+
+    may_fall_back = False
+
+
+def known(error: Exception) -> SnapError:
+    """*error* itself if it is one of ours, else an error that carries what it says: a bug must be undone, too."""
+    return error if isinstance(error, SnapError) else SnapError(f"unexpected {type(error).__name__}: {error}")
+
+
+def _tree(cls: type[SnapError]) -> dict[str, type[SnapError]]:
+    found = {cls.__name__: cls}
+    for child in cls.__subclasses__():
+        found.update(_tree(child))
+    return found
+
+
+def from_wire(data: dict[str, Any]) -> SnapError:
+    """The error that :meth:`SnapError.to_wire` described; a class unknown here becomes :class:`SnapError`."""
+    error = _tree(SnapError).get(data["type"], SnapError)(data["message"])
+    error.step = data["step"]
+    error.undo_failures = list(data["undo_failures"])
+    return error

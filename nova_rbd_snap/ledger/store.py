@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ledger: one omap object in Nova's pool, one key per job.
+
+Every write carries the text it replaces and fails if that is not there any more, so a late writer loses instead
+of winning. Nothing is changed in a pool before its intent is written here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+from nova_rbd_snap import errors
+from nova_rbd_snap.ceph.interface import Cluster
+from nova_rbd_snap.ledger.job import Job
+
+LOG = logging.getLogger(__name__)
+
+#: Name of the RADOS object.
+OBJECT = "nova_rbd_snap.ledger"
+
+
+class Ledger:
+    """The ledger of one pool."""
+
+    def __init__(self, cluster: Cluster, pool: str) -> None:
+        self._cluster = cluster
+        self._pool = pool
+
+    def reserve(self, job: Job) -> Job:
+        """Write the first record of *job*.
+
+        :raises errors.LedgerConflict: there is a job with this id, whatever its state.
+        """
+        try:
+            self._cluster.omap_replace(self._pool, OBJECT, job.id, None, job.encode())
+        except errors.LedgerConflict as error:
+            raise errors.LedgerConflict(f"the ledger of pool {self._pool} has a job {job.id} already") from error
+        except errors.CephError as error:
+            # Perhaps it was written and only the answer is lost. Nothing has been changed for it yet.
+            try:
+                self.forget(job)
+            except errors.LedgerConflict:
+                pass  # it was not written
+            except errors.CephError as failure:
+                error.undo_failures.append(f"ledger: {failure}")
+            raise
+        return job
+
+    def advance(self, job: Job, **changes: Any) -> Job:
+        """Replace the record of *job* by one with *changes*; returns the new state.
+
+        :raises errors.LedgerConflict: the record is no longer the one given.
+        """
+        changed = dataclasses.replace(job, generation=job.generation + 1, **changes)
+        self._cluster.omap_replace(self._pool, OBJECT, job.id, job.encode(), changed.encode())
+        return changed
+
+    def forget(self, job: Job) -> None:
+        """Remove the record. :raises errors.LedgerConflict: it is no longer the one given."""
+        self._cluster.omap_replace(self._pool, OBJECT, job.id, job.encode(), None)
+
+    def load(self, job_id: str) -> Job:
+        """The job as recorded. :raises errors.NoRecord: there is none that this release can read."""
+        for job in self.jobs():
+            if job.id == job_id:
+                return job
+        raise errors.NoRecord(f"no job {job_id} in the ledger of pool {self._pool}")
+
+    def jobs(self) -> list[Job]:
+        """All jobs that this release can read, oldest first; others are left as they are."""
+        found = []
+        for key, text in self._cluster.omap_items(self._pool, OBJECT).items():
+            try:
+                found.append(Job.decode(text))
+            except ValueError as error:
+                LOG.warning("Left alone record %s of the ledger in pool %s: %s", key, self._pool, error)
+        return sorted(found, key=lambda job: job.created)

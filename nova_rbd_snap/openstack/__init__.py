@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The border to OpenStack: nothing outside this folder imports Nova or talks to Glance.
+
+One module per seam of Nova: ``driver.py`` (LibvirtDriver), ``imagebackend.py`` (Rbd), ``images.py`` (the request's
+token and image properties), ``process.py`` (nova-compute's engine). ``glance.py`` and ``registration.py`` know Glance
+but not Nova, and serve the engine, too, with ``keystone.py``.
+"""

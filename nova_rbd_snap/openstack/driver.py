@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nova's seam ``LibvirtDriver``: climbs the ladder of ways until one yields an active image.
+
+Each way either ends with the image active or has undone itself when it raises; the last one is Nova's own full copy.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass, field
+from typing import Any, Callable, Optional
+
+from nova import exception
+from nova.compute import task_states
+from nova.virt.libvirt import driver as libvirt_driver
+from nova.virt.libvirt import utils as libvirt_utils
+from oslo_log import log as logging
+
+from nova_rbd_snap import conf, errors
+from nova_rbd_snap.openstack import imagebackend, images, process, registration
+
+CONF = process.CONF
+LOG = logging.getLogger(__name__)
+
+UpdateTaskState = Callable[..., None]
+
+
+class LibvirtDriver(libvirt_driver.LibvirtDriver):
+    """Nova's driver with snapshots of RBD disks made inside Ceph."""
+
+    def __init__(self, virtapi: Any, read_only: bool = False) -> None:
+        super().__init__(virtapi, read_only=read_only)
+        self._usable = self._read_configuration()
+        if self._usable:
+            self.image_backend.BACKEND["rbd"] = imagebackend.Rbd
+
+    @staticmethod
+    def _read_configuration() -> bool:
+        try:
+            conf.Settings.read(CONF)
+        except conf.BadOption as error:
+            LOG.error("nova-rbd-snap is off, snapshots are Nova's own: %s", error)
+            conf.make_readable(CONF)
+            return False
+        for reason in conf.reasons_for_no_clone(CONF):
+            LOG.warning("nova-rbd-snap will not clone: %s", reason)
+        return True
+
+    def init_host(self, host: str) -> None:
+        """See Nova. What is wrong with the pools is told to the log, later if the cluster is slow to answer."""
+        super().init_host(host)
+        if self._usable and CONF.rbd_snap.enabled and CONF.libvirt.images_type == "rbd":
+            threading.Thread(target=self._check, name="nova-rbd-snap-check", daemon=True).start()
+
+    @staticmethod
+    def _check() -> None:
+        try:
+            problems = process.engine().check()
+        except errors.SnapError as error:
+            problems = [f"cannot be checked now: {error.report()}"]
+        for problem in problems:
+            LOG.error("nova-rbd-snap: %s", problem)
+        if not problems and not any(conf.reasons_for_no_clone(CONF)):
+            ways = ", ".join(CONF.rbd_snap.ways)
+            LOG.info("nova-rbd-snap is ready: ways %s, flatten %s", ways, CONF.rbd_snap.flatten)
+
+    def snapshot(
+        self, context: Any, instance: Any, image_id: str, update_task_state: UpdateTaskState
+    ) -> None:
+        """See Nova."""
+        request = self._request(context, instance, image_id, update_task_state)
+        if request is None:
+            super().snapshot(context, instance, image_id, update_task_state)
+            return
+        request.announce()
+        ways = {"clone": request.clone, "nova": lambda: self._full_copy(request)}
+        *first, last = CONF.rbd_snap.ways
+        try:
+            for way in first:
+                try:
+                    ways[way]()
+                except (exception.InstanceNotFound, exception.UnexpectedTaskStateError):
+                    raise  # the server is going
+                except Exception as cause:
+                    error = errors.known(cause)
+                    if not error.may_fall_back:
+                        raise
+                    LOG.warning(
+                        "Snapshot to image %s: the way '%s' failed and the next is tried: %s",
+                        image_id, way, error.report(), instance=instance,
+                    )
+                else:
+                    return
+            ways[last]()
+        except errors.Cancelled as error:
+            # Nova knows why: where the server is being deleted, this raises what its manager expects then.
+            update_task_state(
+                task_state=task_states.IMAGE_UPLOADING, expected_state=task_states.IMAGE_UPLOADING
+            )
+            raise _for_nova(error, image_id, instance) from error
+        except errors.SnapError as error:
+            raise _for_nova(error, image_id, instance) from error
+
+    def _request(
+        self, context: Any, instance: Any, image_id: str, update_task_state: UpdateTaskState
+    ) -> Optional[_Request]:
+        """The request as ours to handle; None where it is Nova's own: we are off, or the disk is not in Ceph."""
+        if not (self._usable and CONF.rbd_snap.enabled):
+            return None
+        try:
+            guest = self._host.get_guest(instance)
+        except exception.InstanceNotFound as error:
+            raise exception.InstanceNotRunning(instance_id=instance.uuid) from error
+        path, _ = libvirt_utils.find_disk(guest)
+        if libvirt_utils.get_disk_type_from_path(path) != "rbd":
+            return None
+        try:
+            disk = self.image_backend.by_libvirt_path(instance, path, image_type="rbd")
+        except exception.InvalidDevicePath:
+            return None
+        metadata = self._create_snapshot_metadata(instance.image_meta, instance, "raw", None)
+        return _Request(context, instance, guest, image_id, update_task_state, disk, metadata)
+
+    def _full_copy(self, request: _Request) -> None:
+        """Nova's own full copy, from a frozen snapshot where one can be taken."""
+        request.await_announced()
+        job_id = f"{request.image_id}-copy"
+        snap = request.freeze(job_id)
+        try:
+            with imagebackend.making_full_copy(imagebackend.FullCopy(request.image_id, snap)):
+                super().snapshot(request.context, request.instance, request.image_id, request.task_states_for_nova())
+        finally:
+            if snap is not None:
+                request.thaw(job_id)
+        LOG.info("Snapshot to image %s: copied in full by Nova", request.image_id, instance=request.instance)
+
+    def _needs_suspend_resume_for_snapshot(self, live_snapshot: bool, current_power_state: int) -> bool:
+        """See Nova. A copy that reads a frozen snapshot lets the guest be."""
+        copy = imagebackend.full_copy()
+        if copy is not None and copy.snap is not None:
+            return False
+        return bool(super()._needs_suspend_resume_for_snapshot(live_snapshot, current_power_state))
+
+    def _cleanup_rbd(self, instance: Any) -> None:
+        """See Nova. A snapshot under way is stopped and undone first: the deletion wins."""
+        if self._usable:
+            try:
+                for job in process.engine().cancel(instance.uuid):
+                    LOG.info("Undid snapshot job %s: its server is being deleted", job, instance=instance)
+            except errors.SnapError as error:
+                LOG.warning("Cannot stop the server's snapshots: %s", error.report(), instance=instance)
+        super()._cleanup_rbd(instance)
+
+
+@dataclass
+class _Request:
+    """One snapshot request on a disk in Ceph.
+
+    :ivar metadata: as Nova makes it for the image record.
+    :ivar steps: each step's name, and when it began.
+    """
+
+    context: Any
+    instance: Any
+    guest: Any
+    image_id: str
+    update_task_state: UpdateTaskState
+    disk: imagebackend.Rbd
+    metadata: dict[str, Any]
+    steps: list[tuple[str, float]] = field(default_factory=list)
+    _announcing: Optional[threading.Thread] = None
+    _announce_error: Optional[Exception] = None
+
+    def announce(self) -> None:
+        """Make the task states' two transitions, beside the work: each is a call to the conductor and back."""
+        self._announcing = threading.Thread(target=self._announce, name="nova-rbd-snap-states", daemon=True)
+        self._announcing.start()
+
+    def _announce(self) -> None:
+        try:
+            self.update_task_state(task_state=task_states.IMAGE_PENDING_UPLOAD)
+            self.update_task_state(
+                task_state=task_states.IMAGE_UPLOADING, expected_state=task_states.IMAGE_PENDING_UPLOAD
+            )
+        except Exception as error:  # raised again where it can be acted upon
+            self._announce_error = error
+
+    def await_announced(self) -> None:
+        """Return when the transitions are made. :raises Exception: Nova's, as a rule because the server is going."""
+        if self._announcing is not None:
+            self._announcing.join()
+        if self._announce_error is not None:
+            raise self._announce_error
+
+    def clone(self) -> None:
+        """The way 'clone': returns when the image is active."""
+        for reason in conf.reasons_for_no_clone(CONF):
+            raise errors.Refused(reason)
+        if _has_encrypted_disk(self.guest.get_xml_desc()):
+            raise errors.Refused("the server's disk is encrypted")
+        started = time.monotonic()
+        glance = images.glance_for(self.context)
+        url = self.disk.clone_to_glance(glance, self.image_id, self.instance.image_ref, self._note)
+        try:
+            self.await_announced()
+        except Exception:
+            self._give_up()
+            raise
+        self._note("register", 0, 0)
+        try:
+            registration.register(
+                glance,
+                self.image_id,
+                url,
+                images.properties(self.metadata),
+                timeout_seconds=CONF.rbd_snap.operation_timeout,
+            )
+        except errors.InDoubt:
+            raise  # the data may be the image's: it stays, and so does the job
+        except errors.GlanceError as error:
+            error.step = "register"
+            imagebackend.undo(self.image_id, error)
+            raise
+        except Exception as error:
+            raise errors.InDoubt(f"registering failed unexpectedly, the data is kept: {error!r}") from error
+        self._note("finish", 0, 0)
+        try:
+            process.engine().finish(self.image_id)
+        except errors.SnapError as error:
+            # The image is good; what is left is in the ledger.
+            LOG.warning("Image %s is active, but its job stays in the ledger: %s", self.image_id, error.report())
+        LOG.info(
+            "Snapshot to image %s: cloned in %.1f s (%s) as %s",
+            self.image_id, time.monotonic() - started, self._durations(), url, instance=self.instance,
+        )
+
+    def _give_up(self) -> None:
+        """Undo the clone; what fails is logged and stays in the ledger, for the reason to give up is what counts."""
+        error = errors.SnapError("the clone is given up")
+        imagebackend.undo(self.image_id, error)
+        if error.undo_failures:
+            LOG.warning("Snapshot to image %s: %s", self.image_id, error.report(), instance=self.instance)
+
+    def freeze(self, job_id: str) -> Optional[str]:
+        """Take the snapshot that a full copy reads; None where none can be had and the guest must be suspended.
+
+        :raises errors.SnapError: the cluster does not answer; a copy would not end.
+        """
+        try:
+            return process.engine().freeze(job_id, self.disk.rbd_name, self._note)
+        except errors.SnapError as error:
+            if isinstance(error, errors.EngineLost):
+                imagebackend.undo(job_id, error)
+            if not error.may_fall_back:
+                raise
+            LOG.warning(
+                "Snapshot to image %s: the guest is suspended for Nova's copy, for its disk cannot be frozen: %s",
+                self.image_id, error.report(), instance=self.instance,
+            )
+            return None
+
+    def thaw(self, job_id: str) -> None:
+        """Remove the frozen snapshot. What fails is logged and stays in the ledger: the copy's own outcome counts."""
+        try:
+            process.engine().rollback(job_id)
+        except errors.SnapError as error:
+            LOG.warning("Cannot remove the frozen snapshot of %s: %s", self.disk.rbd_name, error.report())
+
+    def task_states_for_nova(self) -> UpdateTaskState:
+        """The callback for Nova's own snapshot: its first two transitions were made already."""
+        made = iter((task_states.IMAGE_PENDING_UPLOAD, task_states.IMAGE_UPLOADING))
+
+        def update(task_state: str, **expected: Any) -> None:
+            if next(made, None) != task_state:
+                self.update_task_state(task_state=task_state, **expected)
+
+        return update
+
+    def _note(self, step: str, done: int, total: int) -> None:
+        if not self.steps or self.steps[-1][0] != step:
+            self.steps.append((step, time.monotonic()))
+
+    def _durations(self) -> str:
+        ends = [start for _, start in self.steps[1:]] + [time.monotonic()]
+        return ", ".join(f"{step} {end - start:.1f}" for (step, start), end in zip(self.steps, ends))
+
+
+def _has_encrypted_disk(domain_xml: str) -> bool:
+    """Whether the root disk, the first of the domain, is encrypted by libvirt."""
+    disk = ET.fromstring(domain_xml).find("./devices/disk")
+    return disk is not None and disk.find(".//encryption") is not None
+
+
+def _for_nova(error: errors.SnapError, image_id: str, instance: Any) -> Any:
+    """The exception by which Nova's manager does the right thing with the image record.
+
+    The reason is logged here, for from 33 on Nova logs nothing of what a snapshot raises.
+    """
+    if isinstance(error, errors.RecordGone):
+        return exception.ImageNotFound(image_id=image_id)
+    LOG.error("Snapshot to image %s failed: %s", image_id, error.report(), instance=instance)
+    return exception.NovaException(f"snapshot to image {image_id} failed: {error.report()}")

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Glance with the service's own credentials, where no user's token is at hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keystoneauth1 import exceptions as ksa
+from keystoneauth1 import loading
+from oslo_config import cfg
+
+from nova_rbd_snap import errors
+from nova_rbd_snap.conf import Settings
+from nova_rbd_snap.openstack.glance import Glance
+
+#: A user without this role does not see other projects' images: to it, "not found" proves nothing.
+_SEES_ALL = "admin"
+
+
+def glance_as_service(conf: Any, settings: Settings) -> Glance:
+    """Glance as the user of section [rbd_snap] auth_section.
+
+    :raises errors.NotAuthorized: the section has no usable credentials, or they do not see every image.
+    """
+    section = settings.auth_section
+    loading.register_auth_conf_options(conf, section)
+    loading.register_session_conf_options(conf, section)
+    loading.register_session_conf_options(conf, "glance")
+    loading.register_adapter_conf_options(conf, "glance")
+    conf.register_opt(cfg.ListOpt("api_servers"), group="glance")
+    # Nova's own defaults.
+    conf.set_default("service_type", "image", group="glance")
+    conf.set_default("valid_interfaces", ["internal", "public"], group="glance")
+    try:
+        auth = loading.load_auth_from_conf_options(conf, section)
+        if auth is None:
+            raise errors.NotAuthorized(f"section [{section}] has no auth_type; see [rbd_snap] auth_section")
+        session = loading.load_session_from_conf_options(conf, section, timeout=settings.operation_timeout)
+        roles = auth.get_access(session).role_names
+    except ksa.ClientException as error:
+        raise errors.NotAuthorized(f"section [{section}]: {error}") from error
+    if _SEES_ALL not in roles:
+        raise errors.NotAuthorized(
+            f"the user of section [{section}] lacks the role '{_SEES_ALL}', and so cannot tell a deleted image from "
+            "one it may not see"
+        )
+    return Glance.connect(conf, auth, settings.operation_timeout)

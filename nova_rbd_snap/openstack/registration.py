@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make a Glance record point at our rbd image, and know for sure whether it does.
+
+An answer that was lost, refused or late proves nothing: what counts is the record, read again. Data is given up
+only when the record was seen not to point at it and no request of ours can still change that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any, Callable, Optional
+
+import tenacity
+
+from nova_rbd_snap import errors
+from nova_rbd_snap.openstack.glance import Glance, Record
+
+LOG = logging.getLogger(__name__)
+
+#: Statuses of POST locations that mean "not this way": no service token (403), or a Glance without it.
+_NOT_OFFERED = (403, 405, 501)
+
+#: Seconds a record must be seen to be gone, or to have other data, before ours is given up.
+_GONE_SECONDS = 1.0
+#: Seconds a record must be seen to wait although Glance took, or may have taken, the location.
+_TASK_SECONDS = 10.0
+#: A task of Glance's that is seen at work may take so many times as long as an answer: others may be before it.
+_TASK_FACTOR = 10
+#: As Nova's own [glance] num_retries.
+_ATTEMPTS = 4
+
+
+class State(enum.Enum):
+    """What a record says of a location."""
+
+    HELD = "the image is active with our data"
+    COMING = "a task of Glance is at work on it"
+    WAITING = "the record waits for data"
+    GONE = "the record is deleted"
+    FOREIGN = "the record has, or gets, other data"
+
+
+def judge(record: Record, url: str) -> State:
+    """What *record* says of the location *url*. Where Glance hides locations, active data counts as ours: only the
+    one who asked for the snapshot knows the record, and asked us."""
+    if record.status in ("deleted", "pending_delete"):
+        return State.GONE
+    if record.status in ("active", "deactivated"):
+        if record.urls is None or url in record.urls:
+            return State.HELD
+        # Without any location an active image makes no sense: Glance is at work, or does not tell.
+        return State.FOREIGN if record.urls else State.COMING
+    if record.importing or (record.status == "queued" and url in (record.urls or ())):
+        return State.COMING
+    return State.WAITING if record.status == "queued" else State.FOREIGN
+
+
+def register(
+    glance: Glance,
+    image_id: str,
+    url: str,
+    properties: Mapping[str, Optional[str]],
+    *,
+    timeout_seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Set *properties*, then the location *url*, and return when the image is active.
+
+    :param timeout_seconds: how long the record may stay as it is, or Glance without an answer.
+    :raises errors.NotRegistered: Glance refused; the record still waits for data.
+    :raises errors.InDoubt: it cannot be known whether the record points at *url*; keep the data.
+    :raises errors.GlanceError: another of its kind; the record does not point at *url*, and will not.
+    """
+    _repeat(glance.set_properties, image_id, properties, timeout_seconds=timeout_seconds, sleep=sleep)
+    refusal = _send(glance, image_id, url)
+    if refusal is None or (refusal.status or 0) >= 500:
+        waiting_seconds = _TASK_SECONDS
+    else:
+        waiting_seconds = timeout_seconds if isinstance(refusal, errors.GlanceSilent) else 0
+    state = observe(
+        glance,
+        image_id,
+        url,
+        timeout_seconds=timeout_seconds,
+        waiting_seconds=waiting_seconds,
+        clock=clock,
+        sleep=sleep,
+    )
+    if state is State.HELD:
+        return
+    if state is State.GONE:
+        raise errors.RecordGone(f"image {image_id} was deleted meanwhile")
+    if state is State.FOREIGN:
+        raise errors.NotQueued(f"image {image_id}: {state.value}")
+    if state is State.WAITING and not isinstance(refusal, errors.GlanceSilent):
+        raise refusal or errors.NotRegistered(f"image {image_id}: Glance's task gave the location {url} up")
+    raise errors.InDoubt(
+        f"image {image_id}: no certain answer from Glance long after location {url} was sent; the data is kept"
+    )
+
+
+def observe(
+    glance: Glance,
+    image_id: str,
+    url: str,
+    *,
+    timeout_seconds: float,
+    waiting_seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Optional[State]:
+    """Watch the record until it holds *url*, or until what it says otherwise has lasted; None if it never does.
+
+    One reading proves little: another server of Glance's may lag behind, a proxy may answer for it, and a task may be
+    between two of its changes.
+
+    :param waiting_seconds: how long WAITING must last to be believed.
+    """
+    lasting = {State.GONE: _GONE_SECONDS, State.FOREIGN: _GONE_SECONDS, State.WAITING: waiting_seconds}
+    began, pause = clock(), 0.05
+    state, since = look(glance, image_id, url), began
+    while state is not State.HELD:
+        sleep(pause)
+        pause = min(1.5 * pause, 1.0)
+        seen, now = look(glance, image_id, url), clock()
+        if seen is not state:
+            state, since = seen, now
+        elif state in lasting and now - since >= lasting[state]:
+            return state
+        elif now - since > timeout_seconds * (_TASK_FACTOR if state is State.COMING else 1):
+            return None
+        if now - began > _TASK_FACTOR * timeout_seconds:
+            return None
+    return state
+
+
+def _send(glance: Glance, image_id: str, url: str) -> Optional[errors.GlanceError]:
+    """Send the location the one way or the other; returns what Glance had against it, if it said so."""
+    try:
+        try:
+            glance.post_location(image_id, url)
+        except errors.RecordGone:
+            # No such image, or no such path: a Glance before 2024.2.
+            glance.patch_location(image_id, url)
+        except errors.NotRegistered as error:
+            if error.status not in _NOT_OFFERED:
+                raise
+            glance.patch_location(image_id, url)
+    except errors.NotAuthorized:
+        raise  # the token was not looked past: nothing was done, and re-reading would end the same
+    except errors.GlanceError as error:
+        return error
+    return None
+
+
+def look(glance: Glance, image_id: str, url: str) -> Optional[State]:
+    """The record's state; None where Glance did not say."""
+    try:
+        return judge(glance.record(image_id), url)
+    except errors.RecordGone:
+        return State.GONE
+    except errors.GlanceError as error:
+        LOG.debug("Cannot read image %s: %s", image_id, error)
+        return None
+
+
+def settle(
+    glance: Glance,
+    image_id: str,
+    url: str,
+    *,
+    timeout_seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Optional[bool]:
+    """Whether the record points at *url* once whoever registered it is dead; None where that cannot be known.
+
+    A record that still waits is deleted first: a request that is on its way somewhere can then no longer reach it.
+
+    :param glance: as a user who sees every project's images; to another, a record it may not see looks deleted.
+    """
+    watch = functools.partial(
+        observe, glance, image_id, url, timeout_seconds=timeout_seconds, waiting_seconds=0, clock=clock, sleep=sleep
+    )
+    state = watch()
+    if state is State.WAITING:
+        with contextlib.suppress(errors.GlanceError):
+            glance.delete(image_id)
+        state = watch()
+    return {State.HELD: True, State.GONE: False, State.FOREIGN: False}.get(state) if state else None
+
+
+def _repeat(
+    request: Callable[..., None], *arguments: Any, timeout_seconds: float, sleep: Callable[[float], None]
+) -> None:
+    """Make a request that may be made twice, again where there was no answer."""
+    tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(errors.GlanceSilent),
+        stop=tenacity.stop_after_attempt(_ATTEMPTS) | tenacity.stop_after_delay(timeout_seconds),
+        wait=tenacity.wait_fixed(1),
+        sleep=sleep,
+        reraise=True,
+    )(request, *arguments)

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of a clone and of a freeze.
+
+Order matters for speed: creating a snapshot waits for a proposal of the monitors, and so does removing one. Two are
+the least that stand between the tenant and the image (``docs/design/clone.rst`` has the orders that were measured).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import tenacity
+
+from nova_rbd_snap import errors
+from nova_rbd_snap.ceph.interface import SnapInfo
+from nova_rbd_snap.ledger.job import CLONE, FREEZE, Job
+from nova_rbd_snap.snapshot.saga import Run, Step
+from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, SnapSpec
+
+#: Name of the point after the last step: the image awaits its registration with Glance, or the frozen snapshot its
+#: reader. What follows is not the saga's to decide.
+READY = "ready"
+
+#: A client that died keeps its watch, and so the rbd image, for 30 s (Ceph: osd_client_watch_timeout).
+_DEAD_WATCH_SECONDS = 40
+
+_when_free = tenacity.Retrying(
+    retry=tenacity.retry_if_exception_type(errors.Busy) & tenacity.retry_if_not_exception_type(errors.HasSnapshots),
+    wait=tenacity.wait_exponential(multiplier=0.2, max=2),
+    stop=tenacity.stop_after_delay(_DEAD_WATCH_SECONDS),
+    reraise=True,
+)
+
+
+def _dest(job: Job) -> ImageSpec:
+    if job.dest is None:
+        raise errors.LedgerError(f"job {job.id} has no destination")
+    return job.dest
+
+
+class Snap:
+    """Freeze the disk: the instant the image will show."""
+
+    name = "snap"
+
+    def do(self, job: Job, run: Run) -> Mapping[str, Any]:
+        return {"snap_id": run.cluster.create_snap(job.snap)}
+
+    def undo(self, job: Job, run: Run) -> None:
+        _remove_frozen(job, run)
+
+
+class Protect:
+    """Make the frozen snapshot cloneable in format 1."""
+
+    name = "protect"
+
+    def do(self, job: Job, run: Run) -> Mapping[str, Any]:
+        run.cluster.protect_snap(job.snap)
+        return {}
+
+    def undo(self, job: Job, run: Run) -> None:
+        """Nothing: undoing :class:`Snap` removes the snapshot, protected or not."""
+
+
+class Clone:
+    """Make the future Glance image a copy-on-write child of the frozen snapshot."""
+
+    name = "clone"
+
+    def do(self, job: Job, run: Run) -> Mapping[str, Any]:
+        dest = _dest(job)
+        if run.cluster.exists(dest):
+            raise errors.AlreadyThere(f"{dest} exists already and is left alone")
+        return {"dest_id": run.cluster.clone(job.snap, dest, job.data_pool)}
+
+    def undo(self, job: Job, run: Run) -> None:
+        dest = _dest(job)
+        if not run.cluster.exists(dest):
+            return
+        if not self._is_ours(job, run):
+            raise errors.CephError(f"left {dest} alone: it is not the clone of {job.snap}")
+        patiently = _when_free.copy(before_sleep=lambda state: run.report("undo clone", 0, 0))
+        try:
+            patiently(run.cluster.remove, dest)
+        except errors.Missing:
+            return
+
+    @staticmethod
+    def _is_ours(job: Job, run: Run) -> bool:
+        """Whether the rbd image under the clone's name is what this job made, whole or half.
+
+        The name was free just before. A half-made clone cannot be opened, or has neither parent nor
+        snapshots (``docs/design/ceph.rst``); an id is known once ``clone`` returned.
+        """
+        dest = _dest(job)
+        try:
+            info = run.cluster.lookup(dest)
+        except errors.Missing:
+            return True
+        if job.dest_id is not None:
+            return info.id == job.dest_id
+        if info.parent is not None:
+            return info.parent == job.snap
+        return not run.cluster.snaps(dest)
+
+
+class Flatten:
+    """Copy what the clone still shares with the disk, and cut the link."""
+
+    name = "flatten"
+
+    def do(self, job: Job, run: Run) -> Mapping[str, Any]:
+        def on_progress(done: int, total: int) -> bool:
+            run.report(self.name, done, total)
+            return not run.cancelled()
+
+        dest = _dest(job)
+        run.cluster.flatten(dest, on_progress)
+        info = run.cluster.lookup(dest)
+        # "No parent" alone proves nothing of a half-made clone; of this very id the link was seen.
+        if info.id != job.dest_id or info.parent is not None or not info.deep_flatten:
+            raise errors.CephError(f"{dest} is not the flattened clone of {job.snap}: {info}")
+        return {}
+
+    def undo(self, job: Job, run: Run) -> None:
+        """Nothing: undoing :class:`Clone` removes the copy."""
+
+
+class Seal:
+    """Give the clone the protected snapshot that Glance's location names, and take the frozen one off the disk.
+
+    Side by side, for both wait for a proposal of the monitors, and it is the same one.
+    """
+
+    name = "seal"
+
+    def do(self, job: Job, run: Run) -> Mapping[str, Any]:
+        snap = _dest(job).snap(GLANCE_SNAP)
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            removed = beside.submit(_remove_frozen, job, run)
+            run.cluster.create_snap(snap)
+            run.cluster.protect_snap(snap)
+        removed.result()
+        return {}
+
+    def undo(self, job: Job, run: Run) -> None:
+        dest = _dest(job)
+        try:
+            if run.cluster.lookup(dest).id != job.dest_id:
+                return  # not ours; undoing Clone reports it
+            snaps = run.cluster.snaps(dest)
+        except errors.Missing:
+            return
+        for snap in snaps:
+            if snap.name == GLANCE_SNAP:
+                _remove(dest.snap(GLANCE_SNAP), snap, run)
+
+
+def _remove_frozen(job: Job, run: Run) -> None:
+    """Remove the snapshot of the disk, and see that it is gone: "not found" from a removal proves nothing."""
+    for snap in _frozen(job, run):
+        _remove(job.snap, snap, run)
+    if _frozen(job, run):
+        raise errors.CephError(f"{job.snap} was removed, but is still there")
+
+
+def _frozen(job: Job, run: Run) -> list[SnapInfo]:
+    """The job's snapshot of the disk, as far as there is one; none is left of a disk that was deleted."""
+    if not run.cluster.exists(job.disk):
+        return []
+    snaps = run.cluster.snaps(job.disk)
+    return [snap for snap in snaps if snap.name == job.snap.name and job.snap_id in (snap.id, None)]
+
+
+def _remove(spec: SnapSpec, snap: SnapInfo, run: Run) -> None:
+    """Remove the snapshot *snap*, called *spec*, trashed or not, protected or not."""
+    try:
+        if snap.protected:
+            run.cluster.unprotect_snap(spec)
+        run.cluster.remove_snap_by_id(spec.image, snap.id)
+    except errors.Missing:
+        return  # gone meanwhile
+
+
+_SEQUENCES: dict[tuple[str, int], Sequence[Step]] = {
+    (CLONE, 2): (Snap(), Clone(), Flatten(), Seal()),
+    (CLONE, 1): (Snap(), Protect(), Clone(), Flatten(), Seal()),
+    (FREEZE, 1): (Snap(),),
+    (FREEZE, 2): (Snap(),),
+}
+
+
+def sequence(job: Job) -> Sequence[Step]:
+    """The steps of *job*, in order; :data:`READY` follows the last."""
+    return _SEQUENCES[job.kind, job.clone_format]
+
+
+def started(job: Job) -> Sequence[Step]:
+    """The steps of *job* that may have happened, judged by its record."""
+    steps = sequence(job)
+    names = [step.name for step in steps]
+    return steps if job.step == READY else steps[: names.index(job.step) + 1]

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of things in a cluster, as values: an rbd image, a snapshot of it, and the URL Glance knows it by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
+
+#: Name of the snapshot Glance's rbd store makes of every image and its readers clone from
+#: (glance_store, ``DEFAULT_SNAPNAME``).
+GLANCE_SNAP = "snap"
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """An rbd image by pool and name."""
+
+    pool: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.pool}/{self.name}"
+
+    def snap(self, name: str) -> SnapSpec:
+        """The snapshot *name* of this rbd image."""
+        return SnapSpec(self, name)
+
+
+@dataclass(frozen=True)
+class SnapSpec:
+    """A snapshot of an rbd image."""
+
+    image: ImageSpec
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.image}@{self.name}"
+
+
+@dataclass(frozen=True)
+class Location:
+    """A snapshot in a certain cluster, as Glance's rbd store writes it: ``rbd://fsid/pool/image/snap``."""
+
+    fsid: str
+    snap: SnapSpec
+
+    @property
+    def url(self) -> str:
+        """The URL with every part quoted, ``/`` included, as glance_store does."""
+        parts = (self.fsid, self.snap.image.pool, self.snap.image.name, self.snap.name)
+        return "rbd://" + "/".join(quote(part, safe="") for part in parts)
+
+    @classmethod
+    def parse(cls, url: str) -> Location:
+        """The location *url* names.
+
+        :raises ValueError: it is not an rbd URL of four parts.
+        """
+        scheme, _, rest = url.partition("://")
+        parts = [unquote(part) for part in rest.split("/")]
+        if scheme != "rbd" or len(parts) != 4 or not all(parts):
+            raise ValueError(f"not an rbd location of four parts: {url!r}")
+        fsid, pool, image, snap = parts
+        return cls(fsid, ImageSpec(pool, image).snap(snap))

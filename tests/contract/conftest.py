@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two clusters that every case runs on: the fake, and a real one.
+
+The real one is what ``/etc/ceph/ceph.conf`` names, as client.admin; all that is made there is in pools of this session.
+Without it the cases marked ``real`` are skipped, or fail where the environment says ``NOVA_RBD_SNAP_REAL=1``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable, Optional, Protocol, Union
+
+import pytest
+
+from nova_rbd_snap import errors
+from nova_rbd_snap.ceph.interface import Cluster
+from nova_rbd_snap.specs import ImageSpec, SnapSpec
+from tests.fakes import cluster as fake
+
+CEPH_CONF = Path("/etc/ceph/ceph.conf")
+OBJECT_BYTES = fake.OBJECT_BYTES
+
+#: Without any for the OSDs a client gets no ticket for them, and its calls time out instead of being denied.
+_CAPS_ELSEWHERE = ["mon", "profile rbd", "osd", "profile rbd pool=elsewhere"]
+
+
+class World(Protocol):
+    """A cluster with pools of its own, and what a case may do to it beside the interface."""
+
+    #: Nova's pool; Glance's; one for rbd images whose data is elsewhere; and where that is.
+    vms: str
+    images: str
+    ec_free: str
+    ec_data: str
+
+    def new_pool(self) -> str:
+        """A pool in which nothing was ever done."""
+
+    def connect(self, clone_format: int = 2) -> Cluster:
+        """A connection with all rights."""
+
+    def connect_without_rights(self) -> Cluster:
+        """A connection of a user who may use none of the pools."""
+
+    def connect_cut_off(self) -> Cluster:
+        """A connection whose client is on the blocklist."""
+
+    def create(self, image: ImageSpec, object_count: int = 4, **more: Any) -> None:
+        """Make an rbd image; *more* is ``data_pool``, ``journaling``, ``mirrored`` or ``deep_flatten``."""
+
+    def write(self, image: ImageSpec, number: int, data: bytes) -> None:
+        """Write to the start of object *number*."""
+
+    def content(self, spec: Union[ImageSpec, SnapSpec]) -> dict[int, bytes]:
+        """What was written, by object."""
+
+    def open(self, image: ImageSpec) -> contextlib.AbstractContextManager[None]:
+        """Let another client have the rbd image open."""
+
+    def fill(self, pool: str) -> contextlib.AbstractContextManager[None]:
+        """Use up the pool's quota, for a while."""
+
+    def half_clone(self, half: str, snap: SnapSpec, dest: ImageSpec) -> None:
+        """Leave what a clone that did not return leaves."""
+
+
+class FakeWorld:
+    """See :class:`World`."""
+
+    vms, images, ec_free, ec_data = "vms", "images", "ec-free", "ec-data"
+
+    def __init__(self) -> None:
+        self._cluster = fake.FakeCluster(self.vms, self.images, self.ec_free, self.ec_data)
+
+    def new_pool(self) -> str:
+        self._cluster.create_pool("new")
+        return "new"
+
+    def connect(self, clone_format: int = 2) -> Cluster:
+        return self._cluster.another(clone_format)
+
+    def connect_without_rights(self) -> Cluster:
+        stranger = self._cluster.another()
+        stranger.forbidden = {self.vms, self.images, self.ec_free, self.ec_data}
+        return stranger
+
+    def connect_cut_off(self) -> Cluster:
+        victim = self._cluster.another()
+        victim.blocklisted = True
+        return victim
+
+    def create(self, image: ImageSpec, object_count: int = 4, **more: Any) -> None:
+        self._cluster.create_disk(image, object_count, **more)
+
+    def write(self, image: ImageSpec, number: int, data: bytes) -> None:
+        self._cluster.write(image, number, data)
+
+    def content(self, spec: Union[ImageSpec, SnapSpec]) -> dict[int, bytes]:
+        return self._cluster.content(spec)
+
+    @contextlib.contextmanager
+    def open(self, image: ImageSpec) -> Iterator[None]:
+        self._cluster.hold(image, float("inf"))
+        yield
+        self._cluster.hold(image, 0)
+
+    @contextlib.contextmanager
+    def fill(self, pool: str) -> Iterator[None]:
+        self._cluster.fill(pool)
+        yield
+        self._cluster.fill(pool, full=False)
+
+    def half_clone(self, half: str, snap: SnapSpec, dest: ImageSpec) -> None:
+        self._cluster.make_half_clone(half, snap, dest)
+
+
+class RealWorld:
+    """See :class:`World`."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        import rados
+        import rbd
+
+        self._rados_module, self._rbd = rados, rbd
+        self._stack = stack
+        self.connections = contextlib.ExitStack()
+        self._rados = rados.Rados(rados_id="admin", conffile=str(CEPH_CONF))
+        self._rados.connect(timeout=10)
+        stack.callback(self._rados.shutdown)
+        # Each create_snap waits for a proposal of the monitors: a second by default.
+        self.mon("config set", who="mon", name="paxos_propose_interval", value="0.1")
+        stack.callback(self.mon, "config rm", who="mon", name="paxos_propose_interval")
+        session = uuid.uuid4().hex[:8]
+        profile = f"contract-{session}"
+        self.mon("osd erasure-code-profile set", name=profile, profile=["k=2", "m=1", "crush-failure-domain=osd"])
+        stack.callback(self.mon, "osd erasure-code-profile rm", name=profile)
+        self.vms, self.images, self.ec_free, self.ec_data = (
+            self._create_pool(f"contract-{session}-{name}", **more)
+            for name, more in (
+                ("vms", {}),
+                ("images", {}),
+                ("ec-free", {}),
+                ("ec-data", {"pool_type": "erasure", "erasure_code_profile": profile}),
+            )
+        )
+        self.mon("osd pool set", pool=self.ec_data, var="allow_ec_overwrites", val="true")
+        self._stranger = f"contract-{session}"
+        self._key = self.mon("auth get-or-create-key", entity=f"client.{self._stranger}", caps=_CAPS_ELSEWHERE)
+        stack.callback(self.mon, "auth rm", entity=f"client.{self._stranger}")
+
+    def mon(self, prefix: str, **more: Any) -> str:
+        code, out, text = self._rados.mon_command(json.dumps({"prefix": prefix, **more}), b"")
+        if code:
+            raise AssertionError(f"{prefix} {more}: {code} {text}")
+        return out.decode().strip()
+
+    def _create_pool(self, name: str, **more: Any) -> str:
+        self.mon("osd pool create", pool=name, pg_num=1, **more)
+        self._stack.callback(self.mon, "osd pool rm", pool=name, pool2=name, yes_i_really_really_mean_it=True)
+        self.mon("osd pool application enable", pool=name, app="rbd")
+        return name
+
+    def new_pool(self) -> str:
+        return self._create_pool(f"contract-{uuid.uuid4().hex[:8]}-new")
+
+    def _connect(self, user: str, clone_format: int = 2, conf: Path = CEPH_CONF) -> Any:
+        from nova_rbd_snap.ceph.librbd import LibrbdCluster
+
+        cluster = LibrbdCluster(conf=str(conf), user=user, timeout_seconds=20, clone_format=clone_format)
+        self.connections.callback(cluster._rados.shutdown)
+        return cluster
+
+    def connect(self, clone_format: int = 2) -> Cluster:
+        return self._connect("admin", clone_format)
+
+    def connect_without_rights(self) -> Cluster:
+        import tempfile
+
+        folder = Path(self.connections.enter_context(tempfile.TemporaryDirectory()))
+        keyring, conf = folder / "keyring", folder / "ceph.conf"
+        keyring.write_text(f"[client.{self._stranger}]\nkey = {self._key}\n")
+        conf.write_text(f"{CEPH_CONF.read_text()}\n[client.{self._stranger}]\nkeyring = {keyring}\n")
+        return self._connect(self._stranger, conf=conf)
+
+    def connect_cut_off(self) -> Cluster:
+        victim = self.connect()
+        self.mon("osd blocklist", blocklistop="add", addr=_plain(victim.address()))
+        self.connections.callback(self.mon, "osd blocklist", blocklistop="rm", addr=_plain(victim.address()))
+        nothing = ImageSpec(self.vms, "nothing")
+
+        def is_known_to_the_osds() -> bool:
+            try:
+                victim.exists(nothing)
+            except errors.Blocklisted:
+                return True
+            return False
+
+        poll(is_known_to_the_osds)
+        return victim
+
+    @contextlib.contextmanager
+    def _ioctx(self, pool: str) -> Iterator[Any]:
+        ioctx = self._rados.open_ioctx(pool)
+        try:
+            yield ioctx
+        finally:
+            ioctx.close()
+
+    def create(self, image: ImageSpec, object_count: int = 4, **more: Any) -> None:
+        rbd = self._rbd
+        features = rbd.RBD_FEATURE_LAYERING | rbd.RBD_FEATURE_EXCLUSIVE_LOCK
+        if more.get("deep_flatten", True):
+            features |= rbd.RBD_FEATURE_DEEP_FLATTEN
+        if more.get("journaling"):
+            features |= rbd.RBD_FEATURE_JOURNALING
+        with self._ioctx(image.pool) as ioctx:
+            size_bytes = object_count * OBJECT_BYTES
+            rbd.RBD().create(
+                ioctx, image.name, size_bytes, old_format=False, features=features, data_pool=more.get("data_pool")
+            )
+            if more.get("mirrored"):
+                rbd.RBD().mirror_mode_set(ioctx, rbd.RBD_MIRROR_MODE_IMAGE)
+                with rbd.Image(ioctx, image.name) as opened:
+                    opened.mirror_image_enable(rbd.RBD_MIRROR_IMAGE_MODE_SNAPSHOT)
+
+    def write(self, image: ImageSpec, number: int, data: bytes) -> None:
+        with self._ioctx(image.pool) as ioctx, self._rbd.Image(ioctx, image.name) as opened:
+            opened.write(data, number * OBJECT_BYTES)
+
+    def content(self, spec: Union[ImageSpec, SnapSpec]) -> dict[int, bytes]:
+        image, snap = (spec, None) if isinstance(spec, ImageSpec) else (spec.image, spec.name)
+        with (
+            self._ioctx(image.pool) as ioctx,
+            self._rbd.Image(ioctx, image.name, snapshot=snap, read_only=True) as opened,
+        ):
+            found = {
+                number: opened.read(number * OBJECT_BYTES, 64).rstrip(b"\0")
+                for number in range(opened.size() // OBJECT_BYTES)
+            }
+        return {number: data for number, data in found.items() if data}
+
+    @contextlib.contextmanager
+    def open(self, image: ImageSpec) -> Iterator[None]:
+        with self._ioctx(image.pool) as ioctx, self._rbd.Image(ioctx, image.name):
+            yield
+
+    @contextlib.contextmanager
+    def fill(self, pool: str) -> Iterator[None]:
+        witness = self.connect()
+
+        def takes_writes() -> bool:
+            try:
+                witness.omap_replace(pool, uuid.uuid4().hex, "key", None, "new")
+            except errors.NoSpace:
+                return False
+            return True
+
+        self.mon("osd pool set-quota", pool=pool, field="max_objects", val="1")
+        try:
+            poll(lambda: not takes_writes())
+            yield
+        finally:
+            self.mon("osd pool set-quota", pool=pool, field="max_objects", val="0")
+            poll(takes_writes)
+
+    def half_clone(self, half: str, snap: SnapSpec, dest: ImageSpec) -> None:
+        rbd = self._rbd
+        source = snap.image
+        if half == fake.BLANK:
+            with self._ioctx(source.pool) as ioctx, rbd.Image(ioctx, source.name, read_only=True) as opened:
+                self.create(dest, opened.size() // OBJECT_BYTES)
+            return
+        image_id = self.connect(2).clone(snap, dest, None)
+        self._forget_child(snap, dest, image_id)
+        if half == fake.NAME_ONLY:
+            with self._ioctx(dest.pool) as ioctx:
+                ioctx.remove_object(f"rbd_header.{image_id}")
+
+    def _forget_child(self, snap: SnapSpec, dest: ImageSpec, image_id: str) -> None:
+        """Take the child off the parent's list (class ``rbd``, method ``child_detach``)."""
+        import struct
+
+        def text(value: str) -> bytes:
+            return struct.pack("<I", len(value)) + value.encode()
+
+        with self._ioctx(dest.pool) as ioctx:
+            body = struct.pack("<q", ioctx.get_pool_id()) + text(image_id) + text("")
+        spec = struct.pack("<BBI", 1, 1, len(body)) + body
+        with self._ioctx(snap.image.pool) as ioctx:
+            with self._rbd.Image(ioctx, snap.image.name, read_only=True) as opened:
+                header, snap_id = f"rbd_header.{opened.id()}", opened.snap_get_id(snap.name)
+            ioctx.execute(header, "rbd", "child_detach", struct.pack("<Q", snap_id) + spec)
+
+
+def _plain(address: str) -> str:
+    """An address as the blocklist takes it: without the messenger's version."""
+    return address.strip("[]").split(",")[0].split(":", 1)[1] if address[0] in "[v" else address
+
+
+def poll(condition: Callable[[], object]) -> None:
+    """Wait until *condition* is true, for a minute at most."""
+    import time
+
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it never became true"
+        time.sleep(0.1)
+
+
+def _absent() -> Optional[str]:
+    """Why there is no real cluster."""
+    try:
+        import rados
+        import rbd
+    except ImportError as error:
+        return f"no Ceph bindings for this Python: {error}"
+    del rados, rbd
+    return None if CEPH_CONF.exists() else f"no {CEPH_CONF}"
+
+
+@pytest.fixture(scope="session")
+def _real_world() -> Iterator[RealWorld]:
+    if reason := _absent():
+        if os.environ.get("NOVA_RBD_SNAP_REAL") == "1":
+            pytest.fail(f"NOVA_RBD_SNAP_REAL=1, but {reason}")
+        pytest.skip(reason)
+    with contextlib.ExitStack() as stack:
+        yield RealWorld(stack)
+
+
+@pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.real)])
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    """Each cluster in turn."""
+    if request.param == "fake":
+        yield FakeWorld()
+    else:
+        real = request.getfixturevalue("_real_world")
+        with real.connections:
+            yield real

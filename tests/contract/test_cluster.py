@@ -1,0 +1,520 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``ceph/interface.py`` promises, on the fake and on a real cluster."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable
+
+import pytest
+
+from nova_rbd_snap import errors
+from nova_rbd_snap.ceph.interface import Cluster
+from nova_rbd_snap.specs import ImageSpec, SnapSpec
+from tests.contract.conftest import World
+from tests.fakes.cluster import BLANK, HALF_MADE, NAME_ONLY, OBJECT_BYTES, UNLISTED
+
+formats = pytest.mark.parametrize("clone_format", [1, 2])
+WRITTEN = {0: b"zero", 2: b"two"}
+
+
+@pytest.fixture
+def cluster(world: World) -> Cluster:
+    return world.connect()
+
+
+@pytest.fixture
+def name() -> str:
+    """A name nobody used."""
+    return uuid.uuid4().hex
+
+
+@pytest.fixture
+def disk(world: World, name: str) -> ImageSpec:
+    """A server's disk with something on it."""
+    made = ImageSpec(world.vms, name)
+    world.create(made)
+    for number, data in WRITTEN.items():
+        world.write(made, number, data)
+    return made
+
+
+@pytest.fixture
+def dest(world: World, name: str) -> ImageSpec:
+    """Where a clone of the disk may go."""
+    return ImageSpec(world.images, name)
+
+
+@pytest.fixture
+def snap(cluster: Cluster, disk: ImageSpec) -> SnapSpec:
+    """A snapshot of the disk."""
+    made = disk.snap("frozen")
+    cluster.create_snap(made)
+    return made
+
+
+def go_on(done: int, total: int) -> bool:
+    return True
+
+
+# -- cluster and pools --
+
+
+def test_identity(world: World, cluster: Cluster) -> None:
+    """The fsid is the cluster's; the address is this very client's, with its nonce."""
+    other = world.connect()
+    assert cluster.fsid() == other.fsid()
+    assert str(uuid.UUID(cluster.fsid())) == cluster.fsid()
+    assert re.search(r":\d+/\d+", cluster.address())
+    assert cluster.address() != other.address()
+
+
+def test_pools(world: World, cluster: Cluster, name: str) -> None:
+    """A pool is there or not; whatever is done in one that is not says Missing."""
+    assert cluster.has_pool(world.vms)
+    assert not cluster.has_pool(name)
+    nowhere = ImageSpec(name, "x")
+    for call in (
+        lambda: cluster.exists(nowhere),
+        lambda: cluster.lookup(nowhere),
+        lambda: cluster.usual_data_pool(name),
+        lambda: cluster.remove(nowhere),
+        lambda: cluster.omap_items(name, "x"),
+        lambda: cluster.omap_replace(name, "x", "key", None, "new"),
+    ):
+        with pytest.raises(errors.Missing):
+            call()
+
+
+# -- rbd images --
+
+
+def test_lookup(world: World, cluster: Cluster, disk: ImageSpec, name: str) -> None:
+    """Size and features as made; an id of its own; no parent, no data pool."""
+    info = cluster.lookup(disk)
+    assert cluster.exists(disk)
+    assert info.size_bytes == 4 * OBJECT_BYTES
+    assert (info.parent, info.data_pool) == (None, None)
+    assert (info.deep_flatten, info.journaling, info.mirrored) == (True, False, False)
+    other = ImageSpec(world.vms, f"{name}-other")
+    world.create(other)
+    assert cluster.lookup(other).id != info.id
+
+
+@pytest.mark.parametrize("trait", ["journaling", "mirrored"])
+def test_lookup_tells_what_is_refused(world: World, cluster: Cluster, name: str, trait: str) -> None:
+    """The journaling feature and mirroring are seen."""
+    image = ImageSpec(world.images, f"{name}-{trait}")
+    world.create(image, **{trait: True})
+    assert getattr(cluster.lookup(image), trait)
+
+
+def test_lookup_tells_a_disk_without_deep_flatten(world: World, cluster: Cluster, name: str) -> None:
+    """The feature's absence is seen."""
+    image = ImageSpec(world.vms, name)
+    world.create(image, deep_flatten=False)
+    assert not cluster.lookup(image).deep_flatten
+
+
+def test_absent_image(cluster: Cluster, dest: ImageSpec) -> None:
+    """Of what does not exist every call says Missing, and a name is free."""
+    assert not cluster.exists(dest)
+    for call in (
+        lambda: cluster.lookup(dest),
+        lambda: cluster.snaps(dest),
+        lambda: cluster.create_snap(dest.snap("s")),
+        lambda: cluster.protect_snap(dest.snap("s")),
+        lambda: cluster.unprotect_snap(dest.snap("s")),
+        lambda: cluster.remove_snap(dest.snap("s")),
+        lambda: cluster.remove_snap_by_id(dest, 1),
+        lambda: cluster.clone(dest.snap("s"), ImageSpec(dest.pool, f"{dest.name}-2"), None),
+        lambda: cluster.flatten(dest, go_on),
+        lambda: cluster.remove(dest),
+    ):
+        with pytest.raises(errors.Missing):
+            call()
+
+
+def test_remove(world: World, cluster: Cluster, disk: ImageSpec) -> None:
+    """Busy while somebody has it open, refused while it has snapshots, else gone."""
+    with world.open(disk), pytest.raises(errors.Busy) as caught:
+        cluster.remove(disk)
+    assert type(caught.value) is errors.Busy
+    snap_id = cluster.create_snap(disk.snap("s"))
+    with pytest.raises(errors.HasSnapshots):
+        cluster.remove(disk)
+    cluster.remove_snap_by_id(disk, snap_id)
+    cluster.remove(disk)
+    assert not cluster.exists(disk)
+
+
+# -- snapshots --
+
+
+def test_life_of_a_snapshot(world: World, cluster: Cluster, disk: ImageSpec) -> None:
+    """It holds the instant; its id is its own; protected it is not removed; removed it leaves the name free."""
+    snap = disk.snap("s")
+    snap_id = cluster.create_snap(snap)
+    world.write(disk, 0, b"later")
+    assert world.content(snap) == WRITTEN
+    with pytest.raises(errors.AlreadyThere):
+        cluster.create_snap(snap)
+    cluster.protect_snap(snap)
+    with pytest.raises(errors.Busy):
+        cluster.protect_snap(snap)
+    (info,) = cluster.snaps(disk)
+    assert (info.id, info.name, info.protected, info.trashed) == (snap_id, "s", True, False)
+    with pytest.raises(errors.Busy):
+        cluster.remove_snap(snap)
+    with pytest.raises(errors.Busy):
+        cluster.remove_snap_by_id(disk, snap_id)
+    cluster.unprotect_snap(snap)
+    with pytest.raises(errors.CephError):
+        cluster.unprotect_snap(snap)
+    cluster.remove_snap(snap)
+    with pytest.raises(errors.Missing):
+        cluster.remove_snap(snap)
+    with pytest.raises(errors.Missing):
+        cluster.remove_snap_by_id(disk, snap_id)
+    assert cluster.create_snap(snap) != snap_id
+
+
+def test_snapshots_come_oldest_first(cluster: Cluster, disk: ImageSpec) -> None:
+    """Whatever their names."""
+    ids = [cluster.create_snap(disk.snap(name)) for name in ("b", "a", "c")]
+    assert [(snap.id, snap.name) for snap in cluster.snaps(disk)] == list(zip(ids, "bac"))
+
+
+# -- clones --
+
+
+@formats
+def test_clone_shows_the_snapshot(
+    world: World, disk: ImageSpec, dest: ImageSpec, snap: SnapSpec, clone_format: int
+) -> None:
+    """It has the snapshot's bytes and size, names it as its parent, and can be deep-flattened but not journaled."""
+    cluster = world.connect(clone_format)
+    if clone_format == 1:
+        cluster.protect_snap(snap)
+    world.write(disk, 1, b"later")
+    made = cluster.clone(snap, dest, None)
+    info = cluster.lookup(dest)
+    assert (info.id, info.size_bytes, info.parent) == (made, 4 * OBJECT_BYTES, snap)
+    assert (info.deep_flatten, info.journaling, info.mirrored) == (True, False, False)
+    assert world.content(dest) == WRITTEN
+
+
+def test_format_1_needs_protection(world: World, dest: ImageSpec, snap: SnapSpec) -> None:
+    """In format 1 the snapshot must be protected before, and stays so while the clone depends on it."""
+    cluster = world.connect(1)
+    with pytest.raises(errors.CephError):
+        cluster.clone(snap, dest, None)
+    assert not cluster.exists(dest)
+    cluster.protect_snap(snap)
+    cluster.clone(snap, dest, None)
+    with pytest.raises(errors.Busy):
+        cluster.unprotect_snap(snap)
+    cluster.flatten(dest, go_on)
+    cluster.unprotect_snap(snap)
+
+
+def test_format_2_does_not_mind_protection(cluster: Cluster, dest: ImageSpec, snap: SnapSpec) -> None:
+    """In format 2 protection may go although a clone depends on the snapshot."""
+    cluster.protect_snap(snap)
+    cluster.clone(snap, dest, None)
+    cluster.unprotect_snap(snap)
+    assert cluster.lookup(dest).parent == snap
+
+
+@pytest.mark.parametrize("by_id", [False, True])
+@pytest.mark.parametrize("end", ["flatten", "remove"])
+def test_trashed_snapshot(world: World, dest: ImageSpec, snap: SnapSpec, end: str, by_id: bool) -> None:
+    """Removed while a clone depends on it, it is trashed: its name is free, the clone is whole, it cannot be removed
+    for good, the disk cannot go; and with the clone's link it vanishes by itself."""
+    cluster, disk = world.connect(), snap.image
+    (info,) = cluster.snaps(disk)
+    cluster.clone(snap, dest, None)
+    if by_id:
+        cluster.remove_snap_by_id(disk, info.id)
+    else:
+        cluster.remove_snap(snap)
+    (trashed,) = cluster.snaps(disk)
+    assert (trashed.id, trashed.name, trashed.protected, trashed.trashed) == (info.id, snap.name, False, True)
+    with pytest.raises(errors.Missing):
+        cluster.remove_snap(snap)
+    again = cluster.create_snap(snap)
+    assert {found.id for found in cluster.snaps(disk)} == {info.id, again}
+    cluster.remove_snap_by_id(disk, again)
+    parent = cluster.lookup(dest).parent
+    assert parent is not None
+    assert (parent.image, parent.name != snap.name) == (disk, True)
+    assert world.content(dest) == WRITTEN
+    with pytest.raises(errors.Busy):
+        cluster.remove_snap_by_id(disk, info.id)
+    with pytest.raises(errors.HasSnapshots):
+        cluster.remove(disk)
+    if end == "flatten":
+        cluster.flatten(dest, go_on)
+        assert world.content(dest) == WRITTEN
+    else:
+        cluster.remove(dest)
+    assert cluster.snaps(disk) == []
+    cluster.remove(disk)
+
+
+def test_clone_onto_something(world: World, cluster: Cluster, dest: ImageSpec, snap: SnapSpec) -> None:
+    """What exists is not replaced."""
+    world.create(dest, object_count=1)
+    before = cluster.lookup(dest)
+    with pytest.raises(errors.AlreadyThere):
+        cluster.clone(snap, dest, None)
+    assert cluster.lookup(dest) == before
+
+
+def test_clone_of_nothing(cluster: Cluster, disk: ImageSpec, dest: ImageSpec, snap: SnapSpec) -> None:
+    """Missing snapshot, pool or data pool: Missing, and no rbd image is left."""
+    with pytest.raises(errors.Missing):
+        cluster.clone(disk.snap("none"), dest, None)
+    with pytest.raises(errors.Missing):
+        cluster.clone(snap, ImageSpec("no-such-pool", dest.name), None)
+    with pytest.raises(errors.Missing):
+        cluster.clone(snap, dest, "no-such-pool")
+    assert not cluster.exists(dest)
+
+
+def test_data_pool(world: World, cluster: Cluster, dest: ImageSpec, snap: SnapSpec) -> None:
+    """A clone's data goes where it is told to, here an erasure-coded pool, and lookup says so."""
+    cluster.clone(snap, dest, world.ec_data)
+    cluster.flatten(dest, go_on)
+    assert cluster.lookup(dest).data_pool == world.ec_data
+    assert world.content(dest) == WRITTEN
+
+
+def test_usual_data_pool(world: World, cluster: Cluster, name: str) -> None:
+    """Judged by an rbd image that is there; half-made ones do not hinder."""
+    first = ImageSpec(world.ec_free, f"{name}-b")
+    assert cluster.usual_data_pool(world.ec_free) is None
+    world.create(first, data_pool=world.ec_data)
+    assert cluster.usual_data_pool(world.ec_free) == world.ec_data
+    source = ImageSpec(world.vms, name)
+    world.create(source)
+    cluster.create_snap(source.snap("s"))
+    half = ImageSpec(world.ec_free, f"{name}-a")
+    world.half_clone(NAME_ONLY, source.snap("s"), half)
+    assert cluster.usual_data_pool(world.ec_free) == world.ec_data
+    cluster.remove(half)
+    cluster.remove(first)
+
+
+@formats
+def test_flatten(world: World, dest: ImageSpec, disk: ImageSpec, snap: SnapSpec, clone_format: int) -> None:
+    """The link is cut for head and snapshots alike, protected ones, too; progress is in bytes; again does nothing."""
+    cluster, seen = world.connect(clone_format), []
+    cluster.protect_snap(snap)
+    cluster.clone(snap, dest, None)
+    world.write(dest, 2, b"TWO")
+    cluster.create_snap(dest.snap("snap"))
+    cluster.protect_snap(dest.snap("snap"))
+
+    def note(done: int, total: int) -> bool:
+        seen.append((done, total))
+        return True
+
+    cluster.flatten(dest, note)
+    assert cluster.lookup(dest).parent is None
+    assert world.content(dest) == world.content(dest.snap("snap")) == {**WRITTEN, 2: b"TWO"}
+    assert [found.protected for found in cluster.snaps(dest)] == [True]
+    assert seen
+    assert all(0 <= done <= total == 4 * OBJECT_BYTES and done % OBJECT_BYTES == 0 for done, total in seen)
+    cluster.flatten(dest, note)
+    # Nothing depends on the disk any more.
+    cluster.unprotect_snap(snap)
+    cluster.remove_snap(snap)
+    assert cluster.snaps(disk) == []
+    cluster.remove(disk)
+
+
+def test_flatten_of_a_disk_without_parent(world: World, cluster: Cluster, disk: ImageSpec) -> None:
+    """There is nothing to do, and nothing is done."""
+    cluster.flatten(disk, go_on)
+    assert world.content(disk) == WRITTEN
+
+
+def test_cancelled_flatten(world: World, cluster: Cluster, dest: ImageSpec, snap: SnapSpec) -> None:
+    """Asked to stop it keeps the parent and every byte; another flatten completes it."""
+    cluster.clone(snap, dest, None)
+    with pytest.raises(errors.Cancelled):
+        cluster.flatten(dest, lambda done, total: False)
+    assert cluster.lookup(dest).parent == snap
+    assert world.content(dest) == WRITTEN
+    cluster.flatten(dest, go_on)
+    assert cluster.lookup(dest).parent is None
+    assert world.content(dest) == WRITTEN
+
+
+# -- half-made clones --
+
+
+@pytest.mark.parametrize("half", HALF_MADE)
+def test_half_made_clone(world: World, cluster: Cluster, dest: ImageSpec, snap: SnapSpec, half: str) -> None:
+    """It takes the name and may look whole, and can be removed; the snapshot does not know it."""
+    disk = snap.image
+    world.half_clone(half, snap, dest)
+    assert cluster.exists(dest)
+    with pytest.raises(errors.AlreadyThere):
+        cluster.clone(snap, dest, None)
+    if half == NAME_ONLY:
+        with pytest.raises(errors.Missing):
+            cluster.lookup(dest)
+    else:
+        info = cluster.lookup(dest)
+        assert info.size_bytes == 4 * OBJECT_BYTES
+        assert info.parent == (snap if half == UNLISTED else None)
+        assert cluster.snaps(dest) == []
+    if half == BLANK:
+        # As if it were flat: only who saw the link knows better.
+        cluster.flatten(dest, go_on)
+        assert world.content(dest) == {}
+    cluster.remove(dest)
+    assert not cluster.exists(dest)
+    cluster.remove_snap(snap)
+    assert cluster.snaps(disk) == []
+
+
+def test_unlisted_clone_loses_its_parent(
+    world: World, cluster: Cluster, disk: ImageSpec, dest: ImageSpec, snap: SnapSpec
+) -> None:
+    """A child that the parent does not list does not keep the snapshot, and then cannot be opened any more, but can
+    still be removed."""
+    world.half_clone(UNLISTED, snap, dest)
+    cluster.remove_snap(snap)
+    assert cluster.snaps(disk) == []
+    with pytest.raises(errors.Missing):
+        cluster.lookup(dest)
+    assert cluster.exists(dest)
+    cluster.remove(dest)
+    assert not cluster.exists(dest)
+
+
+# -- omap --
+
+
+def test_omap(world: World, cluster: Cluster, name: str) -> None:
+    """Set, replaced and removed only from what is there; an object without pairs reads as none."""
+    pool = world.vms
+    assert cluster.omap_items(pool, name) == {}
+    cluster.omap_replace(pool, name, "key", None, "one")
+    cluster.omap_replace(pool, name, "kéy", None, "zwölf")
+    cluster.omap_replace(pool, name, "key", "one", "two")
+    assert cluster.omap_items(pool, name) == {"key": "two", "kéy": "zwölf"}
+    for old, new in ((None, "three"), ("one", "three"), ("one", None), (None, None)):
+        with pytest.raises(errors.LedgerConflict):
+            cluster.omap_replace(pool, name, "key", old, new)
+    with pytest.raises(errors.LedgerConflict):
+        cluster.omap_replace(pool, name, "absent", "old", "new")
+    assert cluster.omap_items(pool, name) == {"key": "two", "kéy": "zwölf"}
+    cluster.omap_replace(pool, name, "key", "two", None)
+    cluster.omap_replace(pool, name, "absent", None, None)
+    assert cluster.omap_items(pool, name) == {"kéy": "zwölf"}
+
+
+def test_omap_with_many_keys(world: World, cluster: Cluster, name: str) -> None:
+    """All pairs come, however many pages they fill."""
+    pairs = {f"{number:05}": "x" for number in range(1100)}
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda key: cluster.omap_replace(world.vms, name, key, None, "x"), pairs))
+    assert cluster.omap_items(world.vms, name) == pairs
+
+
+@pytest.mark.parametrize("old", [None, "start"])
+def test_omap_race_has_one_winner(world: World, name: str, old: str) -> None:
+    """Of many writers from the same state exactly one wins, and its value stands."""
+    clusters = [world.connect() for _ in range(4)]
+    if old:
+        clusters[0].omap_replace(world.vms, name, "key", None, old)
+
+    def write(number: int) -> bool:
+        try:
+            clusters[number % 4].omap_replace(world.vms, name, "key", old, str(number))
+        except errors.LedgerConflict:
+            return False
+        return True
+
+    with ThreadPoolExecutor(16) as pool:
+        won = list(pool.map(write, range(16)))
+    assert won.count(True) == 1
+    assert clusters[0].omap_items(world.vms, name) == {"key": str(won.index(True))}
+
+
+# -- who may not, and where there is no room --
+
+Act = Callable[[Cluster, SnapSpec, ImageSpec], Any]
+CHANGES: dict[str, Act] = {
+    "exists": lambda cluster, snap, dest: cluster.exists(snap.image),
+    "lookup": lambda cluster, snap, dest: cluster.lookup(snap.image),
+    "usual_data_pool": lambda cluster, snap, dest: cluster.usual_data_pool(dest.pool),
+    "snaps": lambda cluster, snap, dest: cluster.snaps(snap.image),
+    "create_snap": lambda cluster, snap, dest: cluster.create_snap(snap.image.snap("another")),
+    "protect_snap": lambda cluster, snap, dest: cluster.protect_snap(snap),
+    "unprotect_snap": lambda cluster, snap, dest: cluster.unprotect_snap(snap),
+    "remove_snap": lambda cluster, snap, dest: cluster.remove_snap(snap),
+    "remove_snap_by_id": lambda cluster, snap, dest: cluster.remove_snap_by_id(snap.image, 1),
+    "clone": lambda cluster, snap, dest: cluster.clone(snap, dest, None),
+    "flatten": lambda cluster, snap, dest: cluster.flatten(snap.image, go_on),
+    "remove": lambda cluster, snap, dest: cluster.remove(snap.image),
+    "omap_items": lambda cluster, snap, dest: cluster.omap_items(snap.image.pool, "x"),
+    "omap_replace": lambda cluster, snap, dest: cluster.omap_replace(snap.image.pool, "x", "key", None, "new"),
+}
+each_act = pytest.mark.parametrize("act", CHANGES.values(), ids=CHANGES)
+
+
+@each_act
+def test_no_rights(world: World, snap: SnapSpec, dest: ImageSpec, act: Act) -> None:
+    """cephx denies a user without rights everything, and that is what is said."""
+    with pytest.raises(errors.NoPermission):
+        act(world.connect_without_rights(), snap, dest)
+
+
+@each_act
+def test_cut_off(world: World, snap: SnapSpec, dest: ImageSpec, act: Act) -> None:
+    """A client on the blocklist is told so by every call."""
+    with pytest.raises(errors.Blocklisted):
+        act(world.connect_cut_off(), snap, dest)
+
+
+def test_full_pool(world: World, cluster: Cluster, snap: SnapSpec) -> None:
+    """Nothing hangs: what needs room says NoSpace and leaves nothing; snapshots come and go, and so do pairs of an
+    object that exists; removing the first rbd image ever fails, but not with Missing, for it is there, and any later
+    one goes; with room again all works."""
+    pool = world.new_pool()
+    first, second, third = (ImageSpec(pool, name) for name in ("first", "second", "third"))
+    cluster.clone(snap, first, None)
+    cluster.clone(snap, second, None)
+    cluster.omap_replace(pool, "x", "key", None, "old")
+    with world.fill(pool):
+        with pytest.raises(errors.NoSpace):
+            cluster.clone(snap, third, None)
+        with pytest.raises(errors.NoSpace):
+            cluster.omap_replace(pool, "y", "key", None, "new")
+        with pytest.raises(errors.NoSpace):
+            cluster.flatten(first, go_on)
+        cluster.omap_replace(pool, "x", "key", "old", "new")
+        cluster.omap_replace(pool, "x", "key", "new", None)
+        cluster.create_snap(first.snap("s"))
+        cluster.protect_snap(first.snap("s"))
+        cluster.unprotect_snap(first.snap("s"))
+        cluster.remove_snap(first.snap("s"))
+        with pytest.raises(errors.CephError) as caught:
+            cluster.remove(first)
+        assert not isinstance(caught.value, errors.Missing)
+        assert cluster.lookup(first).parent == snap
+    assert not cluster.exists(third)
+    cluster.flatten(first, go_on)
+    assert world.content(first) == WRITTEN
+    cluster.remove(first)
+    with world.fill(pool):
+        cluster.remove(second)
+    assert not cluster.exists(first)
+    assert not cluster.exists(second)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of the end-to-end tests, which run inside a cloud's container against its real services::
+
+    lab/lab exec 31 python3 -m pytest -p no:cacheprovider /src/tests/e2e
+
+A test's first line configures nova-compute; that restarts it only where it ran with something else, so tests with
+the same options stand together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.register_assert_rewrite("cloud")  # before it is imported, or its assertions do not show what they compared
+
+from cloud import GLANCE_CONF, NOVA_CONF, PROXY_PORT, Cloud, Log, run  # noqa: E402
+from glance_proxy import GlanceProxy  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "core: the subset that tells most in the least time")
+
+
+@pytest.fixture(scope="session")
+def glance_proxy() -> Iterator[GlanceProxy]:
+    with GlanceProxy(PROXY_PORT) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="session")
+def whole_cloud(glance_proxy: GlanceProxy) -> Iterator[Cloud]:
+    """The cloud as it is found, and left: with a hurried monitor, for each snapshot waits for its next proposal."""
+    cloud = Cloud()
+    for_all = cloud.clean_up
+    configured = NOVA_CONF.read_text() if NOVA_CONF.exists() else None
+    run("ceph", "config", "set", "mon", "paxos_propose_interval", "0.1")
+    yield cloud
+    for_all.close()
+    run("ceph", "config", "rm", "mon", "paxos_propose_interval")
+    if GLANCE_CONF.exists():
+        GLANCE_CONF.unlink()
+        run("supervisorctl", "restart", "glance-api")
+        cloud.wait_for_glance()
+    if configured is None:
+        NOVA_CONF.unlink(missing_ok=True)
+    elif NOVA_CONF.read_text() != configured:
+        NOVA_CONF.write_text(configured)
+    else:
+        return
+    cloud.restart_nova_compute()
+
+
+@pytest.fixture
+def cloud(whole_cloud: Cloud) -> Iterator[Cloud]:
+    """The cloud; what the test makes in it is removed afterwards, and then the pools must look as before."""
+    whole_cloud.configure_glance()
+    whole_cloud.standing_server()
+    before, for_all = whole_cloud.picture(), whole_cloud.clean_up
+    with contextlib.ExitStack() as whole_cloud.clean_up:
+        yield whole_cloud
+    whole_cloud.clean_up = for_all
+    whole_cloud.unchanged(before)
+
+
+@pytest.fixture
+def server(cloud: Cloud) -> Any:
+    """A running server with known data, for tests that leave it as it is."""
+    return cloud.standing_server()
+
+
+@pytest.fixture
+def log() -> Log:
+    """nova-compute's log since the test began."""
+    return Log()
+
+
+@pytest.fixture
+def proxy(glance_proxy: GlanceProxy) -> Iterator[GlanceProxy]:
+    """A proxy to Glance, honest until the test says otherwise; see ``cloud.THROUGH_PROXY``."""
+    yield glance_proxy
+    glance_proxy.behave()

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's life beside nova-compute's."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+from typing import Any
+
+import pytest
+from cloud import Cloud, Log, eventually
+from test_clone import assert_cloned
+from test_deaths import gone
+
+
+@pytest.mark.core
+def test_parallel_snapshots_share_one_client(cloud: Cloud) -> None:
+    """However many snapshots run, nova-compute has one engine, that has one librados client, and itself none."""
+    cloud.configure()
+    servers = [cloud.standing_server(), cloud.boot(), cloud.boot()]
+    digests = [cloud.disk_digest(server) for server in servers]
+    log = Log()
+    images = [cloud.request(server) for server in servers]
+    (engine,) = cloud.engines()
+    seen = set()
+    while not all(cloud.image(image).status == "active" for image in images):
+        seen.add(cloud.rados_clients(engine))
+        # Nova asks the cluster for its size now and then, and lets go again.
+        eventually(lambda: cloud.rados_clients(cloud.nova_compute) == 0, "nova-compute has no client", 10)
+    assert seen <= {1}
+    assert cloud.engines() == [engine]
+    for server, image, digest in zip(servers, images, digests):
+        cloud.settled(server)
+        assert cloud.image_digest(image) == digest
+        assert_cloned(cloud, log, server, cloud.image(image))
+
+
+@pytest.mark.core
+def test_killed_engine_is_replaced(cloud: Cloud, server: Any) -> None:
+    """The next snapshot starts another engine, and is cloned as if nothing had been."""
+    cloud.configure()
+    cloud.snapshot(server)
+    killed = cloud.kill_engine()
+    eventually(lambda: gone(killed), "the engine is dead")
+    log = Log()
+    image = cloud.snapshot(server)
+    assert_cloned(cloud, log, server, image)
+    assert cloud.engines() != [killed]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_engine_ends_with_nova_compute(cloud: Cloud, server: Any, number: int) -> None:
+    """However nova-compute ends, its engine does, too, and the next nova-compute has its own."""
+    cloud.configure()
+    cloud.snapshot(server)
+    (engine,), nova_compute = cloud.engines(), cloud.nova_compute
+    log = Log()
+    if number == signal.SIGTERM:
+        cloud.restart_nova_compute()
+    else:
+        os.kill(nova_compute, number)
+        log.has("Looking for unclaimed instances")
+    eventually(lambda: gone(engine), "the engine has ended")
+    log.has("nova-rbd-snap is ready")
+    (successor,) = cloud.engines()
+    parent = pathlib.Path(f"/proc/{successor}/stat").read_text().rpartition(")")[2].split()[1]
+    assert int(parent) == cloud.nova_compute != nova_compute

@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Ceph cluster in memory that answers as a real one does; ``tests/contract`` holds both to the same cases.
+
+One state may have several connections (:meth:`FakeCluster.another`), each with its own rights. What is on a disk is
+kept as a few bytes per object, so that a test can see which instant a clone shows.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Callable, NoReturn, Optional, Union
+
+from nova_rbd_snap import errors
+from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo
+from nova_rbd_snap.specs import ImageSpec, SnapSpec
+
+#: Size of one object of an rbd image; content is kept per object.
+OBJECT_BYTES = 4 << 20
+
+#: What a clone that did not return may leave behind (``docs/design/ceph.rst``): only a name; an openable, blank rbd
+#: image; a child the parent does not know.
+NAME_ONLY, BLANK, UNLISTED = HALF_MADE = ("name only", "blank", "unlisted")
+
+Content = dict[int, bytes]
+
+
+@dataclass(eq=False)
+class _Snap:
+    id: int
+    name: str
+    image: _Image
+    objects: Content
+    parent: Optional[_Snap]
+    protected: bool = False
+    trashed: bool = False
+    # librbd's name for it once it is trashed.
+    uuid: str = field(default_factory=lambda: str(uuid.uuid4()))
+
+    @property
+    def spec(self) -> SnapSpec:
+        return self.image.spec.snap(self.uuid if self.trashed else self.name)
+
+
+@dataclass(eq=False)
+class _Image:
+    spec: ImageSpec
+    id: str
+    object_count: int
+    data_pool: Optional[str] = None
+    deep_flatten: bool = True
+    journaling: bool = False
+    mirrored: bool = False
+    parent: Optional[_Snap] = None
+    clone_format: int = 2
+    objects: Content = field(default_factory=dict)
+    snaps: list[_Snap] = field(default_factory=list)
+    half: Optional[str] = None
+    # How many attempts to remove it find it open somewhere.
+    busy: float = 0
+
+    def parents(self) -> set[_Snap]:
+        """The snapshots that its head and its own snapshots depend on."""
+        return {node.parent for node in (self, *self.snaps) if node.parent}
+
+
+@dataclass
+class _Pool:
+    images: dict[str, _Image] = field(default_factory=dict)
+    omap: dict[str, dict[str, str]] = field(default_factory=dict)
+    full: bool = False
+    # librbd removes by way of the trash, whose object is made by the first removal and stays.
+    has_trash: bool = False
+
+
+@dataclass
+class _Rule:
+    call: str
+    action: Callable[..., None]
+    left: int
+    applied: bool
+
+
+@dataclass
+class _State:
+    pools: dict[str, _Pool]
+    lock: Any = field(default_factory=threading.RLock)
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    rules: list[_Rule] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
+
+
+def _content(node: Union[_Image, _Snap]) -> Content:
+    return {**(_content(node.parent) if node.parent else {}), **node.objects}
+
+
+def _call(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the interface: refused once this client is cut off, and where a test wants something to happen."""
+    name = method.__name__
+
+    @functools.wraps(method)
+    def called(self: FakeCluster, *args: Any) -> Any:
+        state = self._state
+        with state.lock:
+            state.calls.append(name)
+            due = [rule for rule in state.rules if rule.call in (name, "*")]
+            for rule in due:
+                rule.left -= 1
+            due = [rule for rule in due if rule.left == 0]
+        for rule in due:
+            if not rule.applied:
+                rule.action(*args)
+        if self.blocklisted:
+            raise errors.Blocklisted(f"{name}: this client was cut off")
+        # A flatten lets others in between two objects.
+        with state.lock if name != "flatten" else nullcontext():
+            result = method(self, *args)
+        for rule in due:
+            if rule.applied:
+                rule.action(*args)
+        return result
+
+    return called
+
+
+class FakeCluster:
+    """See :class:`nova_rbd_snap.ceph.interface.Cluster`; what a test may do besides comes first."""
+
+    def __init__(self, *pools: str, clone_format: int = 2, state: Optional[_State] = None) -> None:
+        self._state = state or _State({pool: _Pool() for pool in pools})
+        self._nonce = next(self._state.numbers)
+        self.clone_format = clone_format
+        self.blocklisted = False
+        #: Pools this connection's user has no rights in.
+        self.forbidden: set[str] = set()
+
+    # -- the world, as tests make and see it -----------------------------------------------------------------------
+
+    def another(self, clone_format: Optional[int] = None) -> FakeCluster:
+        """Another connection to the same cluster."""
+        return FakeCluster(clone_format=clone_format or self.clone_format, state=self._state)
+
+    @property
+    def calls(self) -> list[str]:
+        """Names of all calls so far, of every connection."""
+        return self._state.calls
+
+    def do_on(self, call: str, action: Callable[..., None], nth: int = 1, applied: bool = False) -> None:
+        """Run *action* with the arguments of the *nth* *call* from now ("*": any) before or after its change."""
+        self._state.rules.append(_Rule(call, action, nth, applied))
+
+    def fail_on(self, call: str, error: type[BaseException], nth: int = 1, applied: bool = False) -> None:
+        """Raise *error* from the *nth* *call* from now, before its change, or after it: the answer was lost."""
+
+        def fail(*args: object) -> NoReturn:
+            raise error(f"injected into {call}")
+
+        self.do_on(call, fail, nth, applied)
+
+    def fail_clone(self, half: str, error: type[BaseException]) -> None:
+        """Let the next clone leave its target half-made and raise *error*."""
+
+        def fail(snap: SnapSpec, dest: ImageSpec, data_pool: Optional[str]) -> NoReturn:
+            self.make_half_clone(half, snap, dest)
+            raise error("injected into clone")
+
+        self.do_on("clone", fail)
+
+    def heal(self) -> None:
+        """Forget what was to happen and has not."""
+        self._state.rules.clear()
+
+    def create_pool(self, name: str) -> None:
+        """Make a pool."""
+        self._state.pools[name] = _Pool()
+
+    def create_disk(self, spec: ImageSpec, object_count: int = 4, **more: Any) -> None:
+        """Make an rbd image."""
+        pool = self._pool(spec.pool)
+        pool.images[spec.name] = _Image(spec, f"{next(self._state.numbers):012x}", object_count, **more)
+
+    def write(self, spec: ImageSpec, number: int, data: bytes) -> None:
+        """Write to the start of object *number*."""
+        self._open(spec).objects[number] = data
+
+    def content(self, spec: Union[ImageSpec, SnapSpec]) -> Content:
+        """What was written, by object."""
+        return _content(self._open(spec) if isinstance(spec, ImageSpec) else self._snap(spec))
+
+    def hold(self, spec: ImageSpec, attempts: float) -> None:
+        """Let somebody have the rbd image open for that many attempts to remove it."""
+        self._open(spec).busy = attempts
+
+    def fill(self, pool: str, full: bool = True) -> None:
+        """Use up the pool's quota, or make room again."""
+        self._state.pools[pool].full = full
+
+    def make_half_clone(self, half: str, snap: SnapSpec, dest: ImageSpec) -> None:
+        """What a clone that did not return may leave behind."""
+        source = self._snap(snap)
+        self.create_disk(dest, source.image.object_count, half=half, parent=source if half == UNLISTED else None)
+
+    def picture(self) -> dict[str, Any]:
+        """All that is in the pools, comparable."""
+        return {
+            name: {
+                "images": {image.spec.name: self._portrait(image) for image in pool.images.values()},
+                "omap": {key: dict(pairs) for key, pairs in pool.omap.items() if pairs},
+            }
+            for name, pool in self._state.pools.items()
+        }
+
+    @staticmethod
+    def _portrait(image: _Image) -> dict[str, Any]:
+        return {
+            "id": image.id,
+            "half": image.half,
+            "content": _content(image),
+            "parent": image.parent and str(image.parent.spec),
+            "snaps": [(snap.id, snap.name, snap.protected, snap.trashed, _content(snap)) for snap in image.snaps],
+        }
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _pool(self, name: str, *, grows: bool = False) -> _Pool:
+        if name not in self._state.pools:
+            raise errors.Missing(f"no pool {name}")
+        if name in self.forbidden:
+            raise errors.NoPermission(f"no rights in pool {name}")
+        pool = self._state.pools[name]
+        if grows and pool.full:
+            raise errors.NoSpace(f"pool {name} is full")
+        return pool
+
+    def _open(self, spec: ImageSpec) -> _Image:
+        image = self._pool(spec.pool).images.get(spec.name)
+        if image is None or image.half == NAME_ONLY:
+            raise errors.Missing(f"no rbd image {spec}")
+        if image.parent is not None and image.parent not in image.parent.image.snaps:
+            raise errors.Missing(f"the parent of {spec} is gone")
+        return image
+
+    def _snap(self, spec: SnapSpec) -> _Snap:
+        for snap in self._open(spec.image).snaps:
+            if snap.name == spec.name and not snap.trashed:
+                return snap
+        raise errors.Missing(f"no snapshot {spec}")
+
+    def _children(self, snap: _Snap) -> list[_Image]:
+        images = (image for pool in self._state.pools.values() for image in pool.images.values())
+        return [image for image in images if image.half != UNLISTED and snap in image.parents()]
+
+    def _detached(self, snaps: set[_Snap]) -> None:
+        """Trashed snapshots go with their last child."""
+        for snap in snaps:
+            if snap.trashed and not self._children(snap):
+                snap.image.snaps.remove(snap)
+
+    # -- the interface ---------------------------------------------------------------------------------------------
+
+    @_call
+    def fsid(self) -> str:
+        return "00000000-0000-4000-8000-00000000cafe"
+
+    @_call
+    def address(self) -> str:
+        return f"192.0.2.1:0/{self._nonce}"
+
+    @_call
+    def has_pool(self, pool: str) -> bool:
+        return pool in self._state.pools
+
+    @_call
+    def exists(self, image: ImageSpec) -> bool:
+        return image.name in self._pool(image.pool).images
+
+    @_call
+    def lookup(self, image: ImageSpec) -> ImageInfo:
+        found = self._open(image)
+        return ImageInfo(
+            id=found.id,
+            size_bytes=found.object_count * OBJECT_BYTES,
+            parent=found.parent.spec if found.parent else None,
+            data_pool=found.data_pool,
+            deep_flatten=found.deep_flatten,
+            journaling=found.journaling,
+            mirrored=found.mirrored,
+        )
+
+    @_call
+    def usual_data_pool(self, pool: str) -> Optional[str]:
+        for _, image in sorted(self._pool(pool).images.items()):
+            if image.half != NAME_ONLY:
+                return image.data_pool
+        return None
+
+    @_call
+    def snaps(self, image: ImageSpec) -> list[SnapInfo]:
+        return [SnapInfo(snap.id, snap.name, snap.protected, snap.trashed) for snap in self._open(image).snaps]
+
+    @_call
+    def create_snap(self, snap: SnapSpec) -> int:
+        image = self._open(snap.image)
+        if any(other.name == snap.name and not other.trashed for other in image.snaps):
+            raise errors.AlreadyThere(f"{snap} exists")
+        made = _Snap(next(self._state.numbers), snap.name, image, dict(image.objects), image.parent)
+        image.snaps.append(made)
+        return made.id
+
+    @_call
+    def protect_snap(self, snap: SnapSpec) -> None:
+        found = self._snap(snap)
+        if found.protected:
+            raise errors.Busy(f"{snap} is protected")
+        found.protected = True
+
+    @_call
+    def unprotect_snap(self, snap: SnapSpec) -> None:
+        found = self._snap(snap)
+        if not found.protected:
+            raise errors.CephError(f"{snap} is not protected")
+        if any(child.clone_format == 1 for child in self._children(found)):
+            raise errors.Busy(f"{snap} has clones")
+        found.protected = False
+
+    @_call
+    def remove_snap(self, snap: SnapSpec) -> None:
+        found = self._snap(snap)
+        if found.protected:
+            raise errors.Busy(f"{snap} is protected")
+        if self._children(found):
+            found.trashed = True
+        else:
+            found.image.snaps.remove(found)
+
+    @_call
+    def remove_snap_by_id(self, image: ImageSpec, snap_id: int) -> None:
+        snaps = self._open(image).snaps
+        for snap in snaps:
+            if snap.id == snap_id:
+                if snap.protected or (snap.trashed and self._children(snap)):
+                    raise errors.Busy(f"snapshot {snap_id} of {image} is in use")
+                if self._children(snap):
+                    snap.trashed = True
+                else:
+                    snaps.remove(snap)
+                return
+        raise errors.Missing(f"no snapshot {snap_id} of {image}")
+
+    @_call
+    def clone(self, snap: SnapSpec, dest: ImageSpec, data_pool: Optional[str]) -> str:
+        source = self._snap(snap)
+        if self.clone_format == 1 and not source.protected:
+            raise errors.CephError(f"{snap} is not protected")
+        if dest.name in self._pool(dest.pool, grows=True).images:
+            raise errors.AlreadyThere(f"{dest} exists")
+        if data_pool:
+            self._pool(data_pool, grows=True)
+        self.create_disk(
+            dest, source.image.object_count, parent=source, data_pool=data_pool, clone_format=self.clone_format
+        )
+        return self._open(dest).id
+
+    @_call
+    def flatten(self, image: ImageSpec, on_progress: OnProgress) -> None:
+        found = self._open(image)
+        if found.parent is None:
+            return
+        self._pool(found.data_pool or image.pool, grows=True)
+        source, size_bytes = _content(found.parent), found.object_count * OBJECT_BYTES
+        found.busy += float("inf")
+        try:
+            for number in range(found.object_count):
+                if not on_progress(number * OBJECT_BYTES, size_bytes):
+                    raise errors.Cancelled(f"the flatten of {image} was cancelled")
+                with self._state.lock:
+                    if number in source:
+                        found.objects.setdefault(number, source[number])
+        finally:
+            found.busy = 0
+        with self._state.lock:
+            before = found.parents()
+            found.parent = None
+            if found.deep_flatten:
+                for snap in found.snaps:
+                    snap.objects, snap.parent = _content(snap), None
+            self._detached(before - found.parents())
+
+    @_call
+    def remove(self, image: ImageSpec) -> None:
+        pool = self._pool(image.pool)
+        found = pool.images.get(image.name)
+        if found is None:
+            raise errors.Missing(f"no rbd image {image}")
+        if found.snaps:
+            raise errors.HasSnapshots(f"{image} has snapshots")
+        if found.busy:
+            found.busy -= 1
+            raise errors.Busy(f"{image} is open somewhere")
+        if pool.full and not pool.has_trash:
+            raise errors.CephError(f"{image}: not found, says librbd, of an rbd image in a full pool")
+        pool.has_trash = True
+        del pool.images[image.name]
+        self._detached(found.parents())
+
+    @_call
+    def omap_items(self, pool: str, name: str) -> dict[str, str]:
+        return dict(self._pool(pool).omap.get(name, {}))
+
+    @_call
+    def omap_replace(self, pool: str, name: str, key: str, old: Optional[str], new: Optional[str]) -> None:
+        objects = self._pool(pool).omap
+        if objects.get(name, {}).get(key, "") != (old or ""):
+            raise errors.LedgerConflict(f"{pool}/{name}: {key} is not what it was")
+        # A full pool takes no new object, but pairs of an old one.
+        self._pool(pool, grows=name not in objects)
+        pairs = objects.setdefault(name, {})
+        if new is None:
+            pairs.pop(key, None)
+        else:
+            pairs[key] = new

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine on a :class:`FakeCluster`, and the names of the things it works on."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Callable, Optional
+
+from nova_rbd_snap.conf import Settings
+from nova_rbd_snap.engine.service import Engine
+from nova_rbd_snap.specs import ImageSpec
+from tests.fakes.cluster import FakeCluster
+
+SERVER = "11111111-1111-4111-8111-111111111111"
+DISK = ImageSpec("vms", f"{SERVER}_disk")
+ENDLESS = f"{SERVER}_endless"
+DEST = ImageSpec("images", "22222222-2222-4222-8222-222222222222")
+#: What is on the disk before any snapshot: its own bytes over its base image's.
+BASE = {0: b"base 0", 3: b"base 3"}
+WRITTEN = {0: b"disk 0", 2: b"disk 2"}
+FROZEN = {**BASE, **WRITTEN}
+
+
+def populated(clone_format: int = 2) -> FakeCluster:
+    """A cluster with a server's disk that is a clone of a base image in Glance's pool."""
+    cluster = FakeCluster("vms", "images", clone_format=clone_format)
+    base = ImageSpec("images", "base")
+    cluster.create_disk(base)
+    for number, data in BASE.items():
+        cluster.write(base, number, data)
+    cluster.create_snap(base.snap("snap"))
+    cluster.protect_snap(base.snap("snap"))
+    cluster.clone(base.snap("snap"), DISK, None)
+    for number, data in WRITTEN.items():
+        cluster.write(DISK, number, data)
+    cluster.calls.clear()
+    return cluster
+
+
+def endless_disk(cluster: FakeCluster) -> ImageSpec:
+    """Add a disk of the same server whose flatten would take longer than any test."""
+    base, disk = ImageSpec("images", "endless"), ImageSpec("vms", ENDLESS)
+    cluster.create_disk(base, object_count=1 << 40)
+    cluster.create_snap(base.snap("snap"))
+    cluster.protect_snap(base.snap("snap"))
+    cluster.clone(base.snap("snap"), disk, None)
+    return disk
+
+
+def make_engine(
+    cluster: FakeCluster,
+    *,
+    host: str = "compute-1",
+    machine: str = "machine-1",
+    registered: Callable[[str, str], Optional[bool]] = lambda image_id, url: None,
+    connect: Optional[Callable[[], FakeCluster]] = None,
+    **options: Any,
+) -> Engine:
+    """An engine of *host*, each connection of which is a new one to *cluster*."""
+    values: dict[str, Any] = {
+        "pool": DISK.pool,
+        "ceph_conf": "",
+        "ceph_user": "nova",
+        "glance_pool": None,
+        "glance_data_pool": None,
+        "clone_format": cluster.clone_format,
+        "operation_timeout": 60,
+        "auth_section": "service_user",
+    }
+    settings = Settings(**{**values, **options})
+    return Engine(
+        settings,
+        host=host,
+        machine=machine,
+        connect=connect or cluster.another,
+        registered=registered,
+        clock=lambda: 1.0,
+    )
+
+
+class UntilFlattening:
+    """Tells when a flatten moves."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        if step == "flatten" and total:
+            self.reached.set()
+
+
+class Reports:
+    """Collects progress, and can hold the work at a step until a test lets it go on."""
+
+    def __init__(self, hold_at: Optional[str] = None) -> None:
+        self.steps: list[str] = []
+        self.reached = threading.Event()
+        self.go_on = threading.Event()
+        self._hold_at = hold_at
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        self.steps.append(step)
+        if step == self._hold_at:
+            self.reached.set()
+            if not self.go_on.wait(30):
+                raise AssertionError(f"nobody let {step} go on")

@@ -1,0 +1,636 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine as plain calls: what a snapshot holds, who may touch a job, and how an engine ends."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Callable, Optional
+
+import pytest
+
+from nova_rbd_snap import errors
+from nova_rbd_snap.engine.service import Engine
+from nova_rbd_snap.ledger.store import OBJECT, Ledger
+from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, Location
+from tests.fakes.cluster import FakeCluster
+from tests.fakes.engine import (
+    BASE,
+    DEST,
+    DISK,
+    FROZEN,
+    SERVER,
+    Reports,
+    UntilFlattening,
+    endless_disk,
+    make_engine,
+    populated,
+)
+
+BOUND_SECONDS = 30
+formats = pytest.mark.parametrize("clone_format", [1, 2])
+
+
+def clone(engine: Engine, report: Optional[Callable[[str, int, int], None]] = None, **changes: str) -> str:
+    arguments = {"image_id": DEST.name, "disk": DISK.name, "dest_pool": DEST.pool, **changes}
+    return engine.clone(**arguments, report=report or Reports())
+
+
+def in_thread(call: Callable[..., Any], *args: Any) -> Future[Any]:
+    """What *call* comes to; a thread that hangs does not keep the tests from ending."""
+    future: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call(*args))
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+def records(cluster: FakeCluster) -> dict[str, str]:
+    return cluster.picture()[DISK.pool]["omap"].get(OBJECT, {})
+
+
+# -- what a snapshot is --------------------------------------------------------------------------------------------
+
+
+@formats
+def test_clone_holds_the_disk_at_the_instant_of_the_snapshot(clone_format: int) -> None:
+    """The image has the disk's bytes as of the snapshot, those of the disk's base image among them and none written
+    later; it depends on nothing, and has the protected snapshot that the location names."""
+    cluster = populated(clone_format)
+    before = cluster.picture()
+    engine = make_engine(cluster)
+    cluster.do_on("create_snap", lambda snap: cluster.write(DISK, 0, b"too late"), applied=True)
+    url = clone(engine)
+    engine.finish(DEST.name)
+
+    assert Location.parse(url) == Location(cluster.fsid(), DEST.snap(GLANCE_SNAP))
+    assert cluster.content(DEST) == cluster.content(DEST.snap(GLANCE_SNAP)) == FROZEN
+    assert cluster.lookup(DEST).parent is None
+    assert [(snap.name, snap.protected) for snap in cluster.snaps(DEST)] == [(GLANCE_SNAP, True)]
+    # All else is as before, but for what the guest wrote.
+    assert cluster.content(DISK) == {**FROZEN, 0: b"too late"}
+    cluster.write(DISK, 0, FROZEN[0])
+    after = cluster.picture()
+    del after[DEST.pool]["images"][DEST.name]
+    assert after == before
+
+
+def test_freeze_keeps_the_instant_until_rolled_back() -> None:
+    """The frozen snapshot holds the bytes of its instant, and is gone after rollback."""
+    cluster = populated()
+    before = cluster.picture()
+    engine = make_engine(cluster)
+    name = engine.freeze("copy", DISK.name, Reports())
+    cluster.write(DISK, 0, b"later")
+    assert cluster.content(DISK.snap(name)) == FROZEN
+    cluster.write(DISK, 0, FROZEN[0])
+    assert engine.rollback("copy")
+    assert cluster.picture() == before
+
+
+@formats
+def test_rollback_of_a_ready_job(clone_format: int) -> None:
+    """An image that was not registered goes, and with it everything else; a second rollback finds nothing."""
+    cluster = populated(clone_format)
+    before = cluster.picture()
+    engine = make_engine(cluster)
+    clone(engine)
+    assert engine.rollback(DEST.name)
+    assert cluster.picture() == before
+    assert not engine.rollback(DEST.name)
+
+
+def test_progress_names_steps_in_bytes() -> None:
+    """Progress tells each step, and the flatten in bytes that grow."""
+    cluster, seen = populated(), []
+    clone(make_engine(cluster), lambda *report: seen.append(report))
+    assert list(dict.fromkeys(step for step, _, _ in seen)) == ["snap", "clone", "flatten", "seal"]
+    size_bytes = cluster.lookup(DISK).size_bytes
+    moved = [(done, total) for step, done, total in seen if step == "flatten" and total]
+    assert moved == sorted(moved)
+    assert {total for _, total in moved} == {size_bytes}
+
+
+@pytest.mark.parametrize(
+    ("option", "of_parent", "of_others", "expected"),
+    [
+        ("ec-1", "ec-2", "ec-3", "ec-1"),
+        (None, "ec-2", "ec-3", "ec-2"),
+        (None, None, "ec-3", "ec-3"),
+        (None, None, None, None),
+    ],
+)
+def test_data_pool_is_the_one_glance_uses(
+    option: Optional[str], of_parent: Optional[str], of_others: Optional[str], expected: Optional[str]
+) -> None:
+    """The option, else the data pool of the disk's parent, else that of an image in the destination pool."""
+    cluster = FakeCluster("vms", "images", "ec-1", "ec-2", "ec-3")
+    if of_parent:
+        base = ImageSpec("images", "base")
+        cluster.create_disk(base, data_pool=of_parent)
+        cluster.create_snap(base.snap("snap"))
+        cluster.clone(base.snap("snap"), DISK, None)
+    else:
+        cluster.create_disk(DISK)
+    if of_others:
+        cluster.create_disk(ImageSpec("images", "another"), data_pool=of_others)
+    clone(make_engine(cluster, glance_data_pool=option))
+    assert cluster.lookup(DEST).data_pool == expected
+
+
+def test_describe_says_where_the_disk_is_and_comes_from() -> None:
+    """fsid and pool, and the parent's pool where there is a parent."""
+    cluster = populated()
+    cluster.create_disk(ImageSpec("vms", "blank"))
+    engine = make_engine(cluster)
+    assert engine.describe(DISK.name) == {"fsid": cluster.fsid(), "pool": "vms", "parent_pool": "images"}
+    assert engine.describe("blank")["parent_pool"] is None
+    with pytest.raises(errors.Missing):
+        engine.describe("no such disk")
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trait", "changes", "error", "text"),
+    [
+        ({"mirrored": True}, {}, errors.Refused, "mirrored"),
+        ({"journaling": True}, {}, errors.Refused, "journaling"),
+        ({}, {"dest_pool": "elsewhere"}, errors.Refused, "glance_pool"),
+        ({}, {"disk": "no such disk"}, errors.Missing, "no such disk"),
+        ({}, {"image_id": "base"}, errors.AlreadyThere, "left alone"),
+    ],
+)
+def test_what_cannot_be_cloned_is_not_touched(
+    trait: dict[str, bool], changes: dict[str, str], error: type[errors.SnapError], text: str
+) -> None:
+    """The reason is named and nothing was changed, not even in the ledger."""
+    cluster = populated()
+    cluster.create_disk(DISK, **trait)
+    before = cluster.picture()
+    with pytest.raises(error, match=text):
+        clone(make_engine(cluster), **changes)
+    assert cluster.picture() == before
+
+
+@formats
+@pytest.mark.parametrize(
+    ("call", "make", "step"),
+    [
+        ("create_snap", lambda cluster: cluster.create_snap(DISK.snap(f"nova-rbd-snap-{DEST.name}")), "snap"),
+        ("clone", lambda cluster: cluster.create_disk(DEST), "clone"),
+    ],
+)
+def test_what_somebody_else_made_is_spared(
+    clone_format: int, call: str, make: Callable[[FakeCluster], None], step: str
+) -> None:
+    """What appears under our name a moment before we make it is not ours: ours is undone, the other thing stays."""
+    cluster = populated(clone_format)
+    foreign: dict[str, Any] = {}
+
+    def intrude(*args: object) -> None:
+        cluster.heal()
+        make(cluster)
+        foreign.update(cluster.picture())
+
+    before = cluster.picture()
+    cluster.do_on(call, intrude)
+    with pytest.raises(errors.AlreadyThere) as caught:
+        clone(make_engine(cluster))
+    after = cluster.picture()
+    assert (caught.value.step, caught.value.undo_failures) == (step, [])
+    if call == "create_snap":
+        # All that differs from before is the other's snapshot.
+        (snap,) = after["vms"]["images"][DISK.name].pop("snaps")
+        assert snap in foreign["vms"]["images"][DISK.name]["snaps"]
+        assert before["vms"]["images"][DISK.name].pop("snaps") == []
+    else:
+        assert after["images"]["images"].pop(DEST.name) == foreign["images"]["images"][DEST.name]
+    assert after == before
+
+
+def _sealed(cluster: FakeCluster) -> None:
+    cluster.create_disk(DEST)
+    cluster.create_snap(DEST.snap(GLANCE_SNAP))
+
+
+def _clone_of_another(cluster: FakeCluster) -> None:
+    cluster.create_snap(DISK.snap("other"))
+    cluster.clone(DISK.snap("other"), DEST, None)
+
+
+@pytest.mark.parametrize("known_id", [False, True])
+@pytest.mark.parametrize("intrude", [_sealed, _clone_of_another])
+def test_rollback_spares_an_image_that_is_not_its_clone(known_id: bool, intrude: Callable[[FakeCluster], None]) -> None:
+    """An rbd image that took the clone's name meanwhile stays, and the job with it, for people to look at."""
+    cluster = populated()
+    cluster.fail_on("flatten" if known_id else "clone", _Killed)
+    with pytest.raises(_Killed):
+        clone(make_engine(cluster))
+    if known_id:
+        cluster.remove(DEST)
+    intrude(cluster)
+    foreign = cluster.picture()["images"]
+    with pytest.raises(errors.SnapError) as caught:
+        make_engine(cluster).rollback(DEST.name)
+    assert [text for text in caught.value.undo_failures if "left" in text]
+    assert cluster.picture()["images"] == foreign
+    assert Ledger(cluster, "vms").load(DEST.name).failures
+
+
+def test_rollback_spares_a_snapshot_that_is_not_its_own() -> None:
+    """A snapshot of the disk that has the job's name, but not the id on record, stays."""
+    cluster = populated()
+    name = DISK.snap(f"nova-rbd-snap-{DEST.name}")
+    cluster.fail_on("clone", _Killed)
+    with pytest.raises(_Killed):
+        clone(make_engine(cluster))
+    cluster.remove_snap(name)
+    foreign = cluster.create_snap(name)
+    assert make_engine(cluster).rollback(DEST.name)
+    assert [snap.id for snap in cluster.snaps(DISK)] == [foreign]
+
+
+def test_image_exchanged_during_flatten() -> None:
+    """What is flat in the end must be the clone that was made: another rbd image under its name is neither sealed nor
+    removed."""
+    cluster = populated()
+
+    def exchange(*args: object) -> None:
+        cluster.remove(DEST)
+        cluster.create_disk(DEST)
+
+    cluster.do_on("flatten", exchange)
+    with pytest.raises(errors.CephError, match="not the flattened clone") as caught:
+        clone(make_engine(cluster))
+    assert caught.value.step == "flatten"
+    assert [text for text in caught.value.undo_failures if "left" in text]
+    assert (cluster.content(DEST), cluster.snaps(DEST)) == ({}, [])
+    assert cluster.snaps(DISK) == []
+
+
+class _Killed(BaseException):
+    """The engine's process ended."""
+
+
+# -- space, watchers, rights, the blocklist ------------------------------------------------------------------------
+
+
+def test_first_record_in_a_full_pool() -> None:
+    """Where not even the ledger's object can be made, nothing is begun."""
+    cluster = populated()
+    before = cluster.picture()
+    cluster.fill("vms")
+    with pytest.raises(errors.NoSpace) as caught:
+        clone(make_engine(cluster))
+    assert (caught.value.step, cluster.picture()) == ("reserve", before)
+
+
+def test_full_pool_of_the_disks() -> None:
+    """Once there is a ledger a full pool of Nova's hinders no snapshot: none of it grows there."""
+    cluster = populated()
+    cluster.omap_replace("vms", OBJECT, "earlier", None, None)
+    cluster.fill("vms")
+    engine = make_engine(cluster)
+    clone(engine)
+    engine.finish(DEST.name)
+    assert cluster.content(DEST) == FROZEN
+    assert records(cluster) == {}
+
+
+def test_pool_that_fills_up_during_flatten() -> None:
+    """Where a full pool refuses the removal, too, the clone stays, in the ledger, and goes once there is room."""
+    cluster = populated()
+    before = cluster.picture()
+    cluster.do_on("flatten", lambda *args: cluster.fill("images"))
+    with pytest.raises(errors.NoSpace) as caught:
+        clone(make_engine(cluster))
+    assert caught.value.step == "flatten"
+    assert caught.value.undo_failures
+    assert Ledger(cluster, "vms").load(DEST.name).failures
+    cluster.fill("images", full=False)
+    assert make_engine(cluster).rollback(DEST.name)
+    assert cluster.picture() == before
+
+
+@pytest.mark.parametrize("attempts", [2, float("inf")])
+def test_clone_that_somebody_has_open(attempts: float) -> None:
+    """A watcher that goes is waited for; one that stays leaves the clone, told and in the ledger."""
+    cluster = populated()
+    before = cluster.picture()
+
+    def fail(*args: object) -> None:
+        cluster.hold(DEST, attempts)
+        raise errors.CephError("broken")
+
+    cluster.do_on("flatten", fail)
+    with pytest.raises(errors.CephError, match="broken") as caught:
+        clone(make_engine(cluster))
+    if attempts == 2:
+        assert caught.value.undo_failures == []
+    else:
+        assert "open somewhere" in Ledger(cluster, "vms").load(DEST.name).failures[0]
+        cluster.hold(DEST, 0)
+        make_engine(cluster).rollback(DEST.name)
+    assert cluster.picture() == before
+
+
+@formats
+@pytest.mark.parametrize("again", [False, True], ids=["once", "and again"])
+@pytest.mark.parametrize("call", ["create_snap", "clone", "flatten", "protect_snap"])
+def test_client_that_is_cut_off(clone_format: int, call: str, again: bool) -> None:
+    """A blocklisted client can undo nothing, but the same engine's next connection can; if that is cut off as well, the
+    error says what is left, and a later rollback undoes it."""
+    cluster, connections = populated(clone_format), []
+    before = cluster.picture()
+
+    def connect() -> FakeCluster:
+        connections.append(cluster.another())
+        connections[-1].blocklisted = again and len(connections) == 2
+        return connections[-1]
+
+    engine = make_engine(cluster, connect=connect)
+    cluster.do_on(call, lambda *args: setattr(connections[0], "blocklisted", True))
+    with pytest.raises(errors.Blocklisted) as caught:
+        clone(engine)
+    assert bool(caught.value.undo_failures) == again
+    if again:
+        assert engine.rollback(DEST.name)
+    assert cluster.picture() == before
+
+
+def test_check_names_option_and_remedy() -> None:
+    """Pools that do not exist and pools without rights are told by the option that names them; else nothing is said."""
+    cluster = populated()
+    before = cluster.picture()
+    assert make_engine(cluster, glance_pool="images").check() == []
+    (missing,) = make_engine(cluster, glance_pool="imagse").check()
+    assert "[rbd_snap] glance_pool" in missing
+    assert "'imagse'" in missing
+    stranger = cluster.another()
+    stranger.forbidden.add("vms")
+    (denied,) = make_engine(cluster, connect=lambda: stranger).check()
+    assert "[libvirt] rbd_user nova" in denied
+    assert "'vms'" in denied
+    assert "profile rbd" in denied
+    assert cluster.picture() == before
+
+
+# -- whose job it is -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", [{"host": "compute-2"}, {"machine": "machine-2"}])
+@pytest.mark.parametrize("call", ["finish", "rollback"])
+def test_job_of_another_host_is_left_alone(call: str, other: dict[str, str]) -> None:
+    """Neither finished nor undone, whoever asks: its owner may be at work."""
+    cluster = populated()
+    clone(make_engine(cluster))
+    before = cluster.picture()
+    with pytest.raises(errors.LedgerConflict, match="compute-1"):
+        getattr(make_engine(cluster, **other), call)(DEST.name)
+    assert cluster.picture() == before
+
+
+@formats
+@pytest.mark.parametrize("call", ["finish", "rollback"])
+def test_ready_job_of_an_earlier_engine(clone_format: int, call: str) -> None:
+    """The next engine of the same host finishes or undoes what a dead one had ready."""
+    worlds = [populated(clone_format), populated(clone_format)]
+    for cluster, engines in zip(worlds, (1, 2)):
+        first = make_engine(cluster)
+        clone(first)
+        getattr(first if engines == 1 else make_engine(cluster), call)(DEST.name)
+    pictures = [cluster.picture() for cluster in worlds]
+    for picture in pictures:
+        for image in picture["images"]["images"].values():
+            del image["id"]  # counted by connections, too
+            image["snaps"] = [snap[1:] for snap in image["snaps"]]
+        del picture["vms"]["images"][DISK.name]["id"]
+    assert pictures[0] == pictures[1]
+
+
+@pytest.mark.parametrize(
+    ("clone_format", "step"),
+    [(2, step) for step in ("snap", "clone", "flatten", "seal")] + [(1, step) for step in ("snap", "protect", "clone")],
+)
+def test_late_engine_leaves_nothing(clone_format: int, step: str) -> None:
+    """An engine that goes on at any step after another one undid its job fails, and leaves nothing of its own."""
+    cluster = populated(clone_format)
+    before = cluster.picture()
+    report = Reports(hold_at=step)
+    working = in_thread(clone, make_engine(cluster), report)
+    assert report.reached.wait(BOUND_SECONDS)
+    assert make_engine(cluster).rollback(DEST.name)
+    report.go_on.set()
+    with pytest.raises((errors.Missing, errors.LedgerConflict)):
+        working.result(BOUND_SECONDS)
+    assert cluster.picture() == before
+
+
+def test_late_engine_leaves_the_record_to_its_new_owner() -> None:
+    """Where another engine took the job over and could not undo all of it, the late one does not touch the record."""
+    cluster = populated()
+    before = cluster.picture()
+    report = Reports(hold_at="flatten")
+    working = in_thread(clone, make_engine(cluster), report)
+    assert report.reached.wait(BOUND_SECONDS)
+    cluster.fail_on("remove", errors.NoPermission)
+    with pytest.raises(errors.SnapError, match="could not be undone"):
+        make_engine(cluster).rollback(DEST.name)
+    taken_over = records(cluster)
+    report.go_on.set()
+    with pytest.raises(errors.SnapError) as caught:
+        working.result(BOUND_SECONDS)
+    assert any("belongs to" in failure for failure in caught.value.undo_failures)
+    assert records(cluster) == taken_over
+    assert make_engine(cluster).rollback(DEST.name)
+    assert cluster.picture() == before
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_same_request_twice(ready: bool) -> None:
+    """A second request for an image that has a job is refused, and the first is not disturbed."""
+    cluster = populated()
+    engine, report = make_engine(cluster), Reports(hold_at=None if ready else "snap")
+    first = in_thread(clone, engine, report)
+    if ready:
+        first.result(BOUND_SECONDS)
+    else:
+        assert report.reached.wait(BOUND_SECONDS)
+    with pytest.raises((errors.LedgerConflict, errors.AlreadyThere)):
+        clone(engine)
+    report.go_on.set()
+    assert first.result(BOUND_SECONDS)
+    engine.finish(DEST.name)
+    assert cluster.content(DEST) == FROZEN
+    assert records(cluster) == {}
+
+
+def test_record_of_a_newer_release() -> None:
+    """It is kept, it blocks its own image only, and other jobs run as ever."""
+    cluster = populated()
+    text = '{"version": 99}'
+    cluster.omap_replace("vms", OBJECT, DEST.name, None, text)
+    engine = make_engine(cluster)
+    with pytest.raises(errors.LedgerConflict):
+        clone(engine)
+    assert not engine.rollback(DEST.name)
+    clone(engine, image_id="another")
+    engine.finish("another")
+    assert records(cluster) == {DEST.name: text}
+
+
+# -- the end -------------------------------------------------------------------------------------------------------
+
+
+@formats
+@pytest.mark.parametrize("end", [lambda engine: engine.cancel(SERVER), Engine.stop], ids=["cancel", "stop"])
+def test_cancelled_during_flatten(clone_format: int, end: Callable[[Engine], object]) -> None:
+    """Deleting the server, or stopping the engine, ends a flatten under way and undoes its job."""
+    cluster = populated(clone_format)
+    disk = endless_disk(cluster)
+    before = cluster.picture()
+    engine, report = make_engine(cluster), UntilFlattening()
+    working = in_thread(lambda: clone(engine, report, disk=disk.name))
+    assert report.reached.wait(BOUND_SECONDS)
+    end(engine)
+    with pytest.raises(errors.Cancelled) as caught:
+        working.result(BOUND_SECONDS)
+    assert caught.value.step == "flatten"
+    assert cluster.picture() == before
+
+
+@pytest.mark.parametrize(
+    ("clone_format", "during", "stopped_at"),
+    [(2, "snap", "clone"), (2, "clone", "flatten"), (1, "snap", "protect"), (1, "protect", "clone")],
+)
+def test_cancelled_between_steps(clone_format: int, during: str, stopped_at: str) -> None:
+    """A step that cannot be stopped runs to its end; the next one does not begin, and all is undone."""
+    cluster = populated(clone_format)
+    before = cluster.picture()
+    engine = make_engine(cluster, operation_timeout=0)  # cancel, called from within the work, does not wait for it
+
+    def cancel(step: str, done: int, total: int) -> None:
+        if step == during:
+            assert engine.cancel(SERVER) == []  # not yet
+
+    with pytest.raises(errors.Cancelled) as caught:
+        clone(engine, cancel)
+    assert caught.value.step == stopped_at
+    assert cluster.picture() == before
+
+
+@formats
+@pytest.mark.parametrize("then", ["finish", "rollback"])
+def test_cancel_lets_the_disk_go(clone_format: int, then: str) -> None:
+    """Deleting a server frees its disk of all our snapshots; its image that awaits registration stays, and can still
+    be finished or rolled back; another server's work is not touched."""
+    cluster = populated(clone_format)
+    others = ImageSpec("vms", "33333333-3333-4333-8333-333333333333_disk")
+    cluster.create_disk(others)
+    engine = make_engine(cluster)
+    engine.freeze("others", others.name, Reports())
+    before = cluster.picture()
+    clone(engine)
+    ready = cluster.picture()
+    engine.freeze("ours", DISK.name, Reports())
+    assert engine.cancel(SERVER) == ["ours"]
+    assert cluster.snaps(DISK) == []
+    after = cluster.picture()
+    assert after["images"] == ready["images"]
+    assert after["vms"]["omap"] == ready["vms"]["omap"]
+    getattr(engine, then)(DEST.name)
+    after = cluster.picture()
+    if then == "finish":
+        assert after["images"]["images"].pop(DEST.name) == ready["images"]["images"][DEST.name]
+    assert after == before
+
+
+def test_stopped_engine_takes_no_work() -> None:
+    """After stop nothing is begun."""
+    cluster = populated()
+    before = cluster.picture()
+    engine = make_engine(cluster)
+    engine.stop()
+    with pytest.raises(errors.Cancelled):
+        clone(engine)
+    assert cluster.picture() == before
+
+
+@formats
+@pytest.mark.parametrize("registered", [True, False, None])
+def test_settle_after_nova_compute_died(clone_format: int, registered: Optional[bool]) -> None:
+    """What awaited registration is finished if Glance uses it, undone if it does not, and kept if nobody can say."""
+    cluster = populated(clone_format)
+    before, asked = cluster.picture(), []
+
+    def ask(image_id: str, url: str) -> Optional[bool]:
+        asked.append((image_id, url))
+        return registered
+
+    engine = make_engine(cluster, registered=ask)
+    url = clone(engine)
+    ready = cluster.picture()
+    engine.stop()
+    engine.settle()
+    assert asked == [(DEST.name, url)]
+    after = cluster.picture()
+    if registered:
+        assert after["images"] == ready["images"]
+        assert after["vms"] == before["vms"]
+    else:
+        assert after == (before if registered is False else ready)
+
+
+@pytest.mark.parametrize("trouble", [errors.NotAuthorized, ZeroDivisionError])
+def test_settle_goes_on_after_trouble(trouble: type[Exception]) -> None:
+    """A job that cannot be settled, for whatever reason, stays as it is and holds up no other; a freeze just goes."""
+    cluster = populated()
+    before = cluster.picture()
+
+    def ask(image_id: str, url: str) -> bool:
+        if image_id == "image-1":
+            raise trouble("no answer")
+        return False
+
+    engine = make_engine(cluster, registered=ask)
+    clone(engine, image_id="image-1")
+    kept = cluster.picture()
+    clone(engine, image_id="image-2")
+    engine.freeze("image-3", DISK.name, Reports())
+    engine.settle()
+    assert cluster.picture() == kept
+    engine.rollback("image-1")
+    assert cluster.picture() == before
+
+
+def test_idle_once_all_is_taken() -> None:
+    """An engine told to end waits for what nova-compute still has to finish or roll back, and no longer."""
+    cluster = populated()
+    engine = make_engine(cluster)
+    clone(engine)
+    waiting = threading.Thread(target=engine.wait_until_idle, daemon=True)
+    waiting.start()
+    assert waiting.is_alive()
+    engine.finish(DEST.name)
+    waiting.join(BOUND_SECONDS)
+    assert not waiting.is_alive()
+
+
+def test_many_at_once() -> None:
+    """Snapshots of one disk run side by side, each whole."""
+    cluster = populated()
+    engine = make_engine(cluster)
+    names = [f"image-{number}" for number in range(8)]
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(lambda name: (clone(engine, image_id=name), engine.finish(name)), names))
+    assert all(cluster.content(ImageSpec("images", name)) == FROZEN for name in names)
+    assert records(cluster) == {}
+    assert cluster.snaps(DISK) == []
+    assert cluster.content(ImageSpec("images", "base")) == BASE
