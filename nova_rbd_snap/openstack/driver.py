@@ -6,9 +6,11 @@ Each way either ends with the image active or has undone itself when it raises; 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Callable, Optional
 
@@ -74,7 +76,12 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
         if request is None:
             super().snapshot(context, instance, image_id, update_task_state)
             return
-        request.announce()
+        with request.announcing():
+            self._climb(request)
+
+    def _climb(self, request: _Request) -> None:
+        """Try the ways in order; returns once one has made the image active."""
+        image_id, instance = request.image_id, request.instance
         ways = {"clone": request.clone, "nova": lambda: self._full_copy(request)}
         *first, last = CONF.rbd_snap.ways
         try:
@@ -95,8 +102,9 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
                     return
             ways[last]()
         except errors.Cancelled as error:
+            request.await_announced()
             # Nova knows why: where the server is being deleted, this raises what its manager expects then.
-            update_task_state(
+            request.update_task_state(
                 task_state=task_states.IMAGE_UPLOADING, expected_state=task_states.IMAGE_UPLOADING
             )
             raise _for_nova(error, image_id, instance) from error
@@ -173,10 +181,18 @@ class _Request:
     _announcing: Optional[threading.Thread] = None
     _announce_error: Optional[Exception] = None
 
-    def announce(self) -> None:
-        """Make the task states' two transitions, beside the work: each is a call to the conductor and back."""
+    @contextlib.contextmanager
+    def announcing(self) -> Iterator[None]:
+        """Within the block the task states' two transitions are made beside the work: each asks the conductor.
+
+        None is made after it, when Nova's manager has the say again.
+        """
         self._announcing = threading.Thread(target=self._announce, name="nova-rbd-snap-states", daemon=True)
         self._announcing.start()
+        try:
+            yield
+        finally:
+            self._announcing.join()
 
     def _announce(self) -> None:
         try:
