@@ -125,7 +125,9 @@ class LogToParent(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
         if not self._server.send({"log": [record.levelno, record.name, text]}):
-            print(f"nova-rbd-snap: {record.levelname} {text}", file=sys.stderr, flush=True)
+            # Who ran nova-compute may have closed the other end: then nobody is left to tell, but much to do.
+            with contextlib.suppress(OSError):
+                print(f"nova-rbd-snap: {record.levelname} {text}", file=sys.stderr, flush=True)
 
 
 def _end_late() -> None:

@@ -233,22 +233,31 @@ class Ceph:
     def undo_by_hand(self, pool: str, job_id: str) -> None:
         """What an operator does with a job that stays in the ledger: remove what its record names, then the record."""
         job = json.loads(self.ledger(pool)[job_id])
-        with self.pool(job["dest"]["pool"]) as ioctx:
-            eventually(lambda: self._removed(ioctx, job_id), "the clone can be removed", 60)
-        with self.image(pool, job["disk"]["name"]) as disk:
-            for snap in disk.list_snaps():
-                disk.remove_snap_by_id(snap["id"])
+        if job["dest"]:
+            with self.pool(job["dest"]["pool"]) as ioctx:
+                eventually(lambda: self._removed(ioctx, job_id), "the clone can be removed", 60)
+        with contextlib.suppress(rbd.ImageNotFound), self.image(pool, job["disk"]["name"]) as disk:
+            self._remove_snaps(disk)
         with self.pool(pool) as ioctx, rados.WriteOpCtx() as operation:
             ioctx.remove_omap_keys(operation, (job_id,))
             ioctx.operate_write_op(operation, LEDGER)
 
     @staticmethod
-    def _removed(ioctx: Any, name: str) -> bool:
-        with contextlib.suppress(rbd.ImageBusy):
-            with contextlib.suppress(rbd.ImageNotFound):
+    def _remove_snaps(opened: Any) -> None:
+        for snap in opened.list_snaps():
+            if opened.is_protected_snap(snap["name"]):
+                opened.unprotect_snap(snap["name"])
+            opened.remove_snap_by_id(snap["id"])
+
+    def _removed(self, ioctx: Any, name: str) -> bool:
+        with contextlib.suppress(rbd.ImageNotFound):
+            try:
+                with rbd.Image(ioctx, name) as opened:
+                    self._remove_snaps(opened)
                 rbd.RBD().remove(ioctx, name)
-            return True
-        return False
+            except rbd.ImageBusy:
+                return False
+        return True
 
     def set_caps(self, user: str, **caps: str) -> None:
         run("ceph", "auth", "caps", f"client.{user}", *(part for pair in caps.items() for part in pair))
@@ -284,7 +293,17 @@ class Cloud:
     def restart_nova_compute(self) -> None:
         log = Log()
         run("supervisorctl", "restart", "nova-compute")
+        self.nova_compute_is_back(log)
+
+    def nova_compute_is_back(self, log: Log) -> None:
+        """Wait until a nova-compute that started since *log* does what it is asked to.
+
+        Sooner, it takes a server that is about to be built for one whose building was interrupted.
+        """
         log.has("Looking for unclaimed instances")
+        (host,) = self.admin.compute.get("/os-hypervisors", microversion="2.53").json()["hypervisors"]
+        uptime = f"/os-hypervisors/{host['id']}/uptime"  # nova-compute itself is asked for it
+        eventually(lambda: self.admin.compute.get(uptime, microversion="2.53").ok, "nova-compute answers")
 
     def configure_glance(self, *options: Options) -> None:
         if self._write(GLANCE_CONF, merged(QUICK_GLANCE, *options)):
@@ -322,6 +341,11 @@ class Cloud:
             eventually(lambda: self.picture() == before, "the pools look as before", seconds, pause=0.3)
         except AssertionError:
             assert self.picture() == before
+
+    def forget_jobs(self) -> None:
+        """Undo by hand what a failed test left, that it may not fail those after it."""
+        for job_id in self.ceph.ledger(self.vms):
+            self.ceph.undo_by_hand(self.vms, job_id)
 
     def server(self, server: Any) -> Any:
         return self.admin.compute.get_server(server.id)

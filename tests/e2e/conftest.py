@@ -60,10 +60,15 @@ def cloud(whole_cloud: Cloud) -> Iterator[Cloud]:
     whole_cloud.configure_glance()
     whole_cloud.standing_server()
     before, for_all = whole_cloud.picture(), whole_cloud.clean_up
-    with contextlib.ExitStack() as whole_cloud.clean_up:
-        yield whole_cloud
-    whole_cloud.clean_up = for_all
-    whole_cloud.unchanged(before)
+    try:
+        with contextlib.ExitStack() as whole_cloud.clean_up:
+            yield whole_cloud
+        whole_cloud.unchanged(before)
+    except AssertionError:
+        whole_cloud.forget_jobs()
+        raise
+    finally:
+        whole_cloud.clean_up = for_all
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def test_nova_compute_is_killed(cloud: Cloud, server: Any) -> None:
     eventually(lambda: gone(engine), "the engine has ended", DEAD_CLIENT_SECONDS)
     cloud.unchanged(before)
     # supervisord starts it again; Nova then frees the server of its task.
-    log.has("Looking for unclaimed instances")
+    cloud.nova_compute_is_back(log)
     cloud.settled(server)
 
 
@@ -145,7 +145,7 @@ def test_nova_compute_is_killed_while_it_registers(
     log = Log()
     os.kill(cloud.nova_compute, signal.SIGKILL)
     eventually(lambda: gone(engine), "the engine has ended", DEAD_CLIENT_SECONDS)
-    log.has("Looking for unclaimed instances")
+    cloud.nova_compute_is_back(log)
     cloud.settled(server)
     if arrived:
         assert cloud.image(image_id).status == "active"

@@ -60,7 +60,7 @@ def test_engine_ends_with_nova_compute(cloud: Cloud, server: Any, number: int) -
         cloud.restart_nova_compute()
     else:
         os.kill(nova_compute, number)
-        log.has("Looking for unclaimed instances")
+        cloud.nova_compute_is_back(log)
     eventually(lambda: gone(engine), "the engine has ended")
     log.has("nova-rbd-snap is ready")
     (successor,) = cloud.engines()

@@ -273,17 +273,22 @@ sys.stdin.read()
     ],
 )
 def test_nova_compute_dies(death: signal.Signals, disk: str, registered: str, left: str, picture: Path) -> None:
-    """However nova-compute goes, its engine undoes what was under way and settles what was ready, and then ends."""
+    """However nova-compute goes, its engine undoes what was under way and settles what was ready, and then ends.
+
+    Who ran nova-compute reads no more what is left of it has to say.
+    """
     nova_compute = subprocess.Popen(
         [sys.executable, "-c", _NOVA_COMPUTE, disk, "--picture", str(picture), "--registered", registered],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         cwd=REPO,
     )
     with nova_compute:
         wanted = "flattening" if disk == ENDLESS else "ready"
         assert any(line.strip() == wanted for line in nova_compute.stdout)
+        nova_compute.stderr.close()
         if death is None and disk != ENDLESS:
             nova_compute.stdin.close()
         else:
