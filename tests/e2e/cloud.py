@@ -23,6 +23,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, Callable, Optional
 
+import keystoneauth1.exceptions
 import libvirt
 import openstack
 import rados
@@ -37,6 +38,9 @@ LEDGER = "nova_rbd_snap.ledger"
 LOG = pathlib.Path("/var/log/lab/nova-compute.log")
 NOVA_CONF = pathlib.Path("/etc/nova/lab.d/rbd_snap.conf")
 GLANCE_CONF = pathlib.Path("/etc/glance/lab.d/e2e.conf")
+KEYSTONE_CONF = pathlib.Path("/etc/keystone/keystone.conf.d/e2e.conf")
+#: How long a token of :meth:`Cloud.short_tokens` lives.
+SHORT_TOKEN_SECONDS = 10
 #: Where Nova's own full copy keeps its file.
 SNAPSHOTS = pathlib.Path("/var/lib/nova/snapshots")
 #: Of the proxy that tests put between nova-compute and Glance.
@@ -259,6 +263,12 @@ class Ceph:
                 return False
         return True
 
+    def stop_mirroring(self, pool: str, name: str) -> None:
+        with self.pool(pool) as ioctx:
+            with rbd.Image(ioctx, name) as opened:
+                opened.mirror_image_disable(True)
+            rbd.RBD().mirror_mode_set(ioctx, rbd.RBD_MIRROR_MODE_DISABLED)
+
     def set_caps(self, user: str, **caps: str) -> None:
         run("ceph", "auth", "caps", f"client.{user}", *(part for pair in caps.items() for part in pair))
 
@@ -317,6 +327,31 @@ class Cloud:
             return False
 
         eventually(answers, "Glance answers")
+
+    @contextlib.contextmanager
+    def short_tokens(self) -> Iterator[None]:
+        """Tokens that are issued within the block live for :data:`SHORT_TOKEN_SECONDS`."""
+        KEYSTONE_CONF.parent.mkdir(exist_ok=True)
+        self._write(KEYSTONE_CONF, {"token": {"expiration": SHORT_TOKEN_SECONDS}})
+        self._restart_keystone()
+        ours = self.demo
+        self.demo = openstack.connect(cloud="demo")
+        try:
+            yield
+        finally:
+            self.demo = ours
+            KEYSTONE_CONF.unlink()
+            self._restart_keystone()
+
+    def _restart_keystone(self) -> None:
+        run("supervisorctl", "restart", "keystone")
+
+        def answers() -> bool:
+            with contextlib.suppress(openstack.exceptions.SDKException, keystoneauth1.exceptions.ClientException):
+                return bool(openstack.connect(cloud="demo").authorize())
+            return False
+
+        eventually(answers, "Keystone answers")
 
     @staticmethod
     def _write(path: pathlib.Path, options: Options) -> bool:
@@ -415,6 +450,11 @@ class Cloud:
             count += remote_port in (3300, 6789) and fields[3] == "01" and fields[9] in sockets
         return count
 
+    def nova_folder(self, package: str) -> pathlib.Path:
+        """Where *package* of the Nova lies that nova-compute runs."""
+        python = pathlib.Path(f"/proc/{self.nova_compute}/cmdline").read_text().split("\0")[0]
+        return pathlib.Path(run(python, "-c", f"import {package}; print({package}.__path__[0])").strip())
+
     # -- servers and images -----------------------------------------------------------------------------------------
 
     def boot(self, image: str = "base", name: str = "", data: bool = True) -> Any:
@@ -466,6 +506,21 @@ class Cloud:
         except openstack.exceptions.NotFoundException:
             return True
         return False
+
+    @contextlib.contextmanager
+    def image_elsewhere(self, name: str) -> Iterator[None]:
+        """Meanwhile the image *name* has a location in another cluster; Glance itself would not take such a one."""
+        image_id, elsewhere = self.image_called(name).id, str(uuid.uuid4())
+
+        def replace(old: str, new: str) -> None:
+            change = f"value = REPLACE(value, '{old}', '{new}')"
+            run("mariadb", "glance", "-e", f"UPDATE image_locations SET {change} WHERE image_id = '{image_id}'")
+
+        replace(self.ceph.fsid, elsewhere)
+        try:
+            yield
+        finally:
+            replace(elsewhere, self.ceph.fsid)
 
     def delete_image(self, image_id: str) -> None:
         """Delete the image; Glance refuses that while it still reads the image to hash it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import struct
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from typing import Any, Optional
 
 import pytest
 import rbd
-from cloud import GIB, MIB, PREFIX, SNAPSHOTS, Cloud, Log, eventually, run
+from cloud import GIB, MIB, PREFIX, SNAPSHOTS, THROUGH_PROXY, Cloud, Log, eventually, run
+from glance_proxy import GlanceProxy
 
 UNTRUSTED = {"service_user": {"send_service_user_token": "false"}}
 
@@ -253,6 +255,22 @@ def test_data_pool_of_choice(cloud: Cloud, server: Any, log: Log) -> None:
     assert_cloned(cloud, log, server, image)
 
 
+def test_pool_of_a_store(cloud: Cloud, log: Log) -> None:
+    """A disk without a parent goes where [libvirt] images_rbd_glance_store_name says, if Glance tells who asks."""
+    cloud.configure({"libvirt": {"images_rbd_glance_store_name": "ec"}})
+    server = cloud.boot()
+    with cloud.ceph.image(cloud.vms, f"{server.id}_disk") as disk:
+        disk.flatten()
+    digest = cloud.disk_digest(server)
+    asked_by_admin = cloud.admin.compute.create_server_image(server, f"{PREFIX}by-admin")
+    cloud.clean_up.callback(cloud.delete_image, asked_by_admin.id)
+    cloud.settled(server)
+    assert cloud.image_digest(asked_by_admin.id, cloud.images_ec) == digest
+    assert_cloned(cloud, log, server, cloud.image(asked_by_admin.id), cloud.images_ec)
+    # Glance tells nobody else; then the base image's pool is as good.
+    assert_cloned(cloud, log, server, cloud.snapshot(server))
+
+
 def test_clone_format_1(cloud: Cloud, server: Any, log: Log) -> None:
     """The older format of clones yields the same image, and frees the protected snapshot of the disk."""
     cloud.configure({"rbd_snap": {"clone_format": 1}})
@@ -271,3 +289,56 @@ def test_patch_location(cloud: Cloud, server: Any, log: Log) -> None:
     image = cloud.snapshot(server)
     assert cloud.image_digest(image.id) == digest
     assert_cloned(cloud, log, server, image)
+
+
+#: Nova's own driver, but for the class of its disks.
+RBD_ALONE = """
+from nova.virt.libvirt import driver
+
+from nova_rbd_snap.openstack import imagebackend
+
+
+class LibvirtDriver(driver.LibvirtDriver):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.image_backend.BACKEND["rbd"] = imagebackend.Rbd
+"""
+
+
+@pytest.fixture
+def rbd_alone(cloud: Cloud) -> Iterator[None]:
+    """nova-compute runs with Nova's own driver and our Rbd class."""
+    package = cloud.nova_folder("nova.virt") / "rbd_alone"
+    package.mkdir()
+    (package / "__init__.py").write_text(RBD_ALONE)
+    cloud.clean_up.callback(shutil.rmtree, package)
+    cloud.configure({"DEFAULT": {"compute_driver": "rbd_alone.LibvirtDriver"}})
+    yield
+    cloud.configure()
+
+
+@pytest.mark.usefixtures("rbd_alone")
+def test_rbd_class_alone(cloud: Cloud, server: Any) -> None:
+    """Nova's own driver registers what our class clones; that the job is over shows when nova-compute ends."""
+    digest, interruptions = cloud.disk_digest(server), cloud.guests.interruptions(server.id)
+    image_id = cloud.request(server)
+    cloud.settled(server)
+    eventually(lambda: cloud.image(image_id).status == "active", "the image is active")
+    assert cloud.image_digest(image_id) == digest
+    assert cloud.guests.interruptions(server.id) == interruptions
+    assert list(cloud.ceph.ledger(cloud.vms)) == [image_id]
+    cloud.restart_nova_compute()
+    eventually(lambda: cloud.ceph.ledger(cloud.vms) == {}, "the engine closed the job")
+    assert cloud.image_digest(image_id) == digest
+
+
+@pytest.mark.usefixtures("rbd_alone")
+def test_rbd_class_alone_is_refused(cloud: Cloud, server: Any, proxy: GlanceProxy, log: Log) -> None:
+    """What Glance does not take is removed when Nova tells our class so; the request then fails, as Nova's do."""
+    cloud.configure({"DEFAULT": {"compute_driver": "rbd_alone.LibvirtDriver"}}, THROUGH_PROXY)
+    before = cloud.picture()
+    proxy.break_(lambda request: request.registers, status=403)
+    cloud.failed_snapshot(server, cloud.request(server))
+    assert proxy.seen
+    cloud.unchanged(before)
+    assert not log.lines("Kept rbd://")

@@ -7,13 +7,14 @@ import json
 import os
 import pathlib
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from cloud import MIB, THROUGH_PROXY, Cloud, Log, ceph_host, eventually, run
+from cloud import MIB, SHORT_TOKEN_SECONDS, THROUGH_PROXY, Cloud, Log, ceph_host, eventually, run
 from glance_proxy import GlanceProxy
-from test_clone import assert_cloned
+from test_clone import UNTRUSTED, assert_cloned
 
 IMPATIENT = ({"rbd_snap": {"operation_timeout": 10}}, THROUGH_PROXY)
 OSDS = ("osd.0", "osd.1", "osd.2")
@@ -241,6 +242,32 @@ def test_token_or_record_is_not_accepted(
     cloud.unchanged(before)
     assert not log.lines("copied in full")
     assert cloud.image(image_id) is None or cloud.image(image_id).status == "queued"
+
+
+@pytest.mark.parametrize("trusted", [pytest.param(True, marks=pytest.mark.core), False])
+def test_token_expires(cloud: Cloud, server: Any, trusted: bool) -> None:
+    """The tenant's token expires while the disk is cloned: the service's own vouches for it, or the error is clean."""
+    if not trusted:
+        cloud.configure(*IMPATIENT, UNTRUSTED)
+    cloud.delete_image(cloud.snapshot(server).id)  # so that there is an engine
+    before, digest, log = cloud.picture(), cloud.disk_digest(server), Log()
+    (engine,) = cloud.engines()
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        with cloud.short_tokens():
+            image_id = cloud.request(server)
+            expired = time.time() + SHORT_TOKEN_SECONDS
+        eventually(lambda: time.time() > expired, "the token has expired")
+    finally:
+        os.kill(engine, signal.SIGCONT)
+    cloud.settled(server)
+    if trusted:
+        assert cloud.image_digest(image_id) == digest
+        assert_cloned(cloud, log, server, cloud.image(image_id))
+    else:
+        cloud.unchanged(before)
+        assert not log.lines("copied in full")
+        assert "401" in log.has(f"ERROR nova_rbd_snap.*Snapshot to image {image_id} failed")
 
 
 def test_location_lost_on_its_way(cloud: Cloud, server: Any, proxy: GlanceProxy, log: Log) -> None:

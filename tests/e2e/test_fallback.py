@@ -118,6 +118,32 @@ def test_journaling(cloud: Cloud) -> None:
         made.append(cloud.snapshot(server))
 
 
+def test_mirroring(cloud: Cloud) -> None:
+    """Nor is a disk that is mirrored to another cluster."""
+    cloud.configure()
+    server = cloud.stopped(cloud.boot())
+    with cloud.ceph.image(cloud.vms, f"{server.id}_disk") as disk:
+        disk.flatten()  # or its parent would have to be mirrored, too
+    with cloud.ceph.pool(cloud.vms) as ioctx:
+        rbd.RBD().mirror_mode_set(ioctx, rbd.RBD_MIRROR_MODE_IMAGE)
+    cloud.clean_up.callback(cloud.ceph.stop_mirroring, cloud.vms, f"{server.id}_disk")
+    with cloud.ceph.image(cloud.vms, f"{server.id}_disk") as disk:
+        disk.mirror_image_enable(rbd.RBD_MIRROR_IMAGE_MODE_SNAPSHOT)
+    with copied(cloud, server, "mirrored") as made:
+        made.append(cloud.snapshot(server))
+
+
+def test_base_image_in_another_cluster(cloud: Cloud) -> None:
+    """The base image's location names another cluster: its pool says nothing of ours, and the option is named."""
+    cloud.configure()
+    server = cloud.boot()
+    with cloud.ceph.image(cloud.vms, f"{server.id}_disk") as disk:
+        disk.flatten()
+    reasons = ("neither a store nor the base image tells the pool", "[rbd_snap] glance_pool")
+    with cloud.image_elsewhere("base"), copied(cloud, server, *reasons) as made:
+        made.append(cloud.snapshot(server))
+
+
 def test_name_is_taken(cloud: Cloud, server: Any) -> None:
     """An rbd image of the image's name is somebody else's: it is left alone, even by the fallback, which then fails."""
     cloud.configure()
