@@ -34,7 +34,7 @@ sample: $(VENV)/ready      ## the option sample, from the options
 	$(VENV)/bin/oslo-config-generator --config-file etc/nova/generator.conf
 
 $(VENV)/ready: requirements.txt test-requirements.txt setup.cfg
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { apt-get update -q && apt-get install -q -y python3-venv && $(PYTHON) -m venv $(VENV); }
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements.txt --requirement test-requirements.txt
 	PBR_VERSION=0.0.1 $(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The border to Ceph: nothing outside this folder imports ``rados`` or ``rbd``.
 
-``cluster.py`` is what the rest calls, ``translate.py`` turns the bindings' exceptions into ours.
+``interface.py`` is what the rest calls, ``librbd.py`` does it, ``translate.py`` turns the
+bindings' exceptions into ours.
 """

@@ -122,6 +122,7 @@ class _Process:
             try:
                 wire.send(self._socket, {"id": number, "call": name, "arguments": arguments})
             except OSError as error:
+                self.alive = False  # whether or not its end has been read yet
                 raise errors.EngineLost(f"the engine ended before '{name}': {error}") from error
         try:
             return self._await(answers, name, patience, report)

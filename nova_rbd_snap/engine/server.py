@@ -3,7 +3,8 @@
 
 The end of the socket is the one sign that nova-compute is gone, however it went. Then running work is cancelled and
 undone, what was ready for registration is settled, and the process ends. SIGTERM, which a stop of the whole service
-sends to every process, cancels and undoes running work at once; the process ends when nothing awaits nova-compute.
+sends to every process, cancels and undoes running work at once; the process ends when nothing awaits nova-compute,
+or after a minute.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ LOG = logging.getLogger(__name__)
 _THREADS = 10_000
 #: Once nova-compute is gone nobody else ends an engine whose librbd does not return.
 _END_SECONDS = 600
+#: How long SIGTERM lets nova-compute take what is ready for it; meanwhile no snapshot is begun.
+_TAKE_SECONDS = 60
 #: Seconds between two reports of the same step: one per object would keep nova-compute busy.
 _REPORT_SECONDS = 1.0
 
@@ -49,6 +52,7 @@ class Server:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._sending = threading.Lock()
+        self._terminated = False
 
     def greet(self) -> dict[str, Any]:
         """Receive the first message. :raises ValueError: the other end speaks another version."""
@@ -92,12 +96,17 @@ class Server:
             threading.Thread(target=_end_late, name="end", daemon=True).start()
             LOG.info("The engine ends")
             engine.stop()
-        engine.settle()
+        if not self._terminated:
+            engine.settle()
 
     def terminate(self, engine: Engine) -> None:
-        """Cancel running work, and end once nova-compute has taken what was ready for it."""
+        """Cancel running work, and end once nova-compute has taken what was ready for it.
+
+        What it has not taken in time is left to it: as long as it lives it alone knows what becomes of that, and its
+        next call starts another engine.
+        """
         engine.stop()
-        engine.wait_until_idle()
+        self._terminated = not engine.wait_until_idle(_TAKE_SECONDS)
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD)
 

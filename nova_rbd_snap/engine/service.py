@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, TypeVar
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster, ImageInfo
@@ -24,6 +24,7 @@ from nova_rbd_snap.snapshot import saga, steps
 from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, Location
 
 LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 #: Whether Glance's record of an image points at a location: True, False, or None where that cannot be known.
 Registered = Callable[[str, str], Optional[bool]]
@@ -99,13 +100,12 @@ class Engine:
         :returns: ``fsid``, ``pool`` and ``parent_pool`` (None for a disk without a parent).
         :raises errors.Missing: no such disk.
         """
-        with self._connection() as cluster:
-            parent = cluster.lookup(ImageSpec(self._settings.pool, disk)).parent
-            return {
-                "fsid": cluster.fsid(),
-                "pool": self._settings.pool,
-                "parent_pool": parent.image.pool if parent else None,
-            }
+        fsid, info = self._ask(lambda cluster: (cluster.fsid(), cluster.lookup(ImageSpec(self._settings.pool, disk))))
+        return {
+            "fsid": fsid,
+            "pool": self._settings.pool,
+            "parent_pool": info.parent.image.pool if info.parent else None,
+        }
 
     def clone(self, image_id: str, disk: str, dest_pool: str, report: Report) -> str:
         """Clone the server's disk into Glance's pool as *image_id*, ready to be registered.
@@ -191,18 +191,24 @@ class Engine:
         for job_id in busy:
             LOG.warning("Job %s does not stop; it will be undone, but its server's disk may outlive the server", job_id)
         report("cancel", 0, 0)
-        with self._connection() as cluster:
-            left = [
-                job.id
-                for job in self._ledger(cluster).jobs()
-                if job.disk.name.startswith(server)
-                and self._is_mine(job)
-                and job.id not in busy
-                and (job.kind, job.step) != (CLONE, steps.READY)
-            ]
-        for job_id in left:
-            self.rollback(job_id, report)
-        return sorted({*running, *left} - busy)
+        undone, failure = set(running) - busy, None
+        for job in self._ask(lambda cluster: self._ledger(cluster).jobs()):
+            if not job.disk.name.startswith(server) or job.id in busy or (job.kind, job.step) == (CLONE, steps.READY):
+                continue
+            if not self._is_mine(job):
+                LOG.warning(
+                    "Job %s of %s (%s) stays, and may keep %s from being deleted", job.id, job.owner.host,
+                    job.owner.machine, job.disk,
+                )
+                continue
+            try:
+                self.rollback(job.id, report)
+                undone.add(job.id)
+            except errors.SnapError as error:  # another job may fare better
+                failure = error
+        if failure is not None:
+            raise failure
+        return sorted(undone)
 
     # -- the engine's own end ------------------------------------------------------------------------------------
 
@@ -214,10 +220,10 @@ class Engine:
                 cancelled.set()
             self._state.wait_for(lambda: not self._running)
 
-    def wait_until_idle(self) -> None:
-        """Wait until nova-compute has finished or rolled back all that is ready for it."""
+    def wait_until_idle(self, timeout_seconds: float) -> bool:
+        """Wait until nova-compute has finished or rolled back all that is ready for it; False if it has not."""
         with self._state:
-            self._state.wait_for(lambda: not self._running and not self._ready)
+            return self._state.wait_for(lambda: not self._running and not self._ready, timeout_seconds)
 
     def settle(self) -> None:
         """nova-compute is gone: finish or undo what this engine had ready for it, as far as that can be known."""
@@ -264,6 +270,15 @@ class Engine:
                 if self._cluster is cluster:
                     self._cluster = None
             raise
+
+    def _ask(self, question: Callable[[Cluster], T]) -> T:
+        """The answer to a mere question; asked anew where this client was cut off since it was last used."""
+        try:
+            with self._connection() as cluster:
+                return question(cluster)
+        except errors.Blocklisted:
+            with self._connection() as cluster:
+                return question(cluster)
 
     def _ledger(self, cluster: Cluster) -> Ledger:
         return Ledger(cluster, self._settings.pool)

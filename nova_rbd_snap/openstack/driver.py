@@ -21,7 +21,7 @@ from nova.virt.libvirt import utils as libvirt_utils
 from oslo_log import log as logging
 
 from nova_rbd_snap import conf, errors
-from nova_rbd_snap.openstack import imagebackend, images, process, registration
+from nova_rbd_snap.openstack import clone, imagebackend, images, process
 
 CONF = process.CONF
 LOG = logging.getLogger(__name__)
@@ -224,29 +224,15 @@ class _Request:
         except Exception:
             self._give_up()
             raise
-        self._note("register", 0, 0)
-        try:
-            registration.register(
-                glance,
-                self.image_id,
-                url,
-                images.properties(self.metadata),
-                timeout_seconds=CONF.rbd_snap.operation_timeout,
-            )
-        except errors.InDoubt:
-            raise  # the data may be the image's: it stays, and so does the job
-        except errors.GlanceError as error:
-            error.step = "register"
-            imagebackend.undo(self.image_id, error)
-            raise
-        except Exception as error:
-            raise errors.InDoubt(f"registering failed unexpectedly, the data is kept: {error!r}") from error
-        self._note("finish", 0, 0)
-        try:
-            process.engine().finish(self.image_id)
-        except errors.SnapError as error:
-            # The image is good; what is left is in the ledger.
-            LOG.warning("Image %s is active, but its job stays in the ledger: %s", self.image_id, error.report())
+        clone.register(
+            process.engine(),
+            glance,
+            self.image_id,
+            url,
+            images.properties(self.metadata),
+            timeout_seconds=CONF.rbd_snap.operation_timeout,
+            report=self._note,
+        )
         LOG.info(
             "Snapshot to image %s: cloned in %.1f s (%s) as %s",
             self.image_id, time.monotonic() - started, self._durations(), url, instance=self.instance,
@@ -255,7 +241,7 @@ class _Request:
     def _give_up(self) -> None:
         """Undo the clone; what fails is logged and stays in the ledger, for the reason to give up is what counts."""
         error = errors.SnapError("the clone is given up")
-        imagebackend.undo(self.image_id, error)
+        clone.undo(process.engine(), self.image_id, error)
         if error.undo_failures:
             LOG.warning("Snapshot to image %s: %s", self.image_id, error.report(), instance=self.instance)
 
@@ -268,7 +254,7 @@ class _Request:
             return process.engine().freeze(job_id, self.disk.rbd_name, self._note)
         except errors.SnapError as error:
             if isinstance(error, errors.EngineLost):
-                imagebackend.undo(job_id, error)
+                clone.undo(process.engine(), job_id, error)
             if not error.may_fall_back:
                 raise
             LOG.warning(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Glance's image API, as far as registering a location goes: one bounded request per call, no retries.
+"""Glance's image API, as far as registering a location goes: one bounded request per call.
 
-A request is never repeated in here: the first one may have been applied although its answer was lost. What to do then
-is decided in ``registration.py``, by re-reading the record.
+None is repeated unasked: the first one may have been applied although its answer was lost. What to do then is decided
+in ``registration.py``, by re-reading the record.
 """
 
 from __future__ import annotations
@@ -10,15 +10,21 @@ from __future__ import annotations
 import itertools
 import random
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Callable, Optional, TypeVar
 
+import tenacity
 from keystoneauth1 import exceptions as ksa
 from keystoneauth1 import loading
 
 from nova_rbd_snap import errors
 
+T = TypeVar("T")
+
+#: As Nova's own [glance] num_retries.
+_ATTEMPTS = 4
 _PATCH = {"Content-Type": "application/openstack-images-v2.1-json-patch"}
 
 #: Statuses that a proxy gives while Glance itself may still be at work.
@@ -29,12 +35,14 @@ _NO_ANSWER = (408, 502, 504)
 class Record:
     """An image record.
 
-    :ivar urls: its locations, None where Glance hides them.
+    :ivar urls: its locations as far as Glance tells, None where it hides them.
+    :ivar urls_complete: these are all; ``direct_url`` alone is the one of several that Glance likes best.
     :ivar importing: a task of Glance is at work on it.
     """
 
     status: str
     urls: Optional[tuple[str, ...]]
+    urls_complete: bool
     importing: bool
 
     @classmethod
@@ -45,6 +53,7 @@ class Record:
         return cls(
             status=data["status"],
             urls=None if urls is None else tuple(urls),
+            urls_complete="locations" in data,
             importing=data["status"] == "importing" or bool(data.get("os_glance_import_task")),
         )
 
@@ -73,7 +82,7 @@ class Glance:
         """
         session = loading.load_session_from_conf_options(conf, "glance", timeout=timeout_seconds)
         adapter = loading.load_adapter_from_conf_options(conf, "glance", session=session, auth=auth, **headers)
-        # Nobody but registration.py repeats a request.
+        # Only ``repeat`` repeats a request.
         adapter.connect_retries = adapter.status_code_retries = 0
         endpoints = list(conf.glance.api_servers or ())
         random.shuffle(endpoints)
@@ -93,6 +102,13 @@ class Glance:
             return Record.from_json(answer.json())
         except (ValueError, KeyError, TypeError) as error:
             raise errors.GlanceSilent(f"what answers for Glance sent no image record: {error!r}") from error
+
+    def answers(self) -> bool:
+        """Whether it is Glance that answers, and not something before it that says "not found" to everything."""
+        try:
+            return bool(self._call("GET", "/v2/schemas/image").json()["name"] == "image")
+        except (errors.GlanceError, ValueError, KeyError, TypeError):
+            return False
 
     def set_properties(self, image_id: str, properties: Mapping[str, Optional[str]]) -> None:
         """Add or replace properties; the others stay. Repeatable."""
@@ -147,3 +163,20 @@ def _detail(answer: Any) -> str:
     """The sentence in Glance's HTML error page."""
     words = re.sub(r"<title>.*?</title>|<[^>]*>", " ", answer.text or "", flags=re.DOTALL).split()
     return " ".join(words)[:300]
+
+
+def repeat(
+    request: Callable[..., T], *arguments: Any, timeout_seconds: float, sleep: Callable[[float], None] = time.sleep
+) -> T:
+    """Make a request that may be made twice, again where there was no answer: the next time of the next endpoint.
+
+    :raises errors.GlanceSilent: the last one got none either.
+    """
+    patiently = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(errors.GlanceSilent),
+        stop=tenacity.stop_after_attempt(_ATTEMPTS) | tenacity.stop_after_delay(timeout_seconds),
+        wait=tenacity.wait_fixed(1),
+        sleep=sleep,
+        reraise=True,
+    )
+    return patiently(request, *arguments)

@@ -21,7 +21,7 @@ from nova.virt.libvirt import imagebackend
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.engine import Report
-from nova_rbd_snap.openstack import images, process, registration
+from nova_rbd_snap.openstack import clone, images, process, registration
 from nova_rbd_snap.openstack.glance import Glance
 
 CONF = nova.conf.CONF
@@ -66,18 +66,11 @@ class Rbd(imagebackend.Rbd):
     def clone_to_glance(self, glance: Glance, image_id: str, base_image_id: Optional[str], report: Report) -> str:
         """Clone the disk into Glance's pool as *image_id*; returns the location to register.
 
-        What becomes of it is then said to the engine by ``finish`` or ``rollback``.
-
-        :raises errors.SnapError: nothing is left of the attempt but what ``undo_failures`` says.
+        :raises errors.SnapError: as :func:`nova_rbd_snap.openstack.clone.make`.
         """
         engine = process.engine()
-        disk = engine.describe(self.rbd_name)
-        pool = images.destination_pool(glance, disk, base_image_id)
-        try:
-            return engine.clone(image_id, self.rbd_name, pool, report)
-        except errors.EngineLost as error:
-            undo(image_id, error)
-            raise
+        pool = images.destination_pool(glance, engine.describe(self.rbd_name), base_image_id)
+        return clone.make(engine, image_id, self.rbd_name, pool, report)
 
     def direct_snapshot(
         self, context: Any, snapshot_name: str, image_format: str, image_id: str, base_image_id: Optional[str]
@@ -100,10 +93,11 @@ class Rbd(imagebackend.Rbd):
         try:
             glance = images.glance_for(context)
             url = self.clone_to_glance(glance, image_id, base_image_id, lambda step, done, total: None)
-        except errors.SnapError as error:
+        except Exception as cause:
+            error = errors.known(cause)
             if error.may_fall_back:
-                raise exception.ImageUnacceptable(image_id=image_id, reason=error.report()) from error
-            raise exception.NovaException(f"snapshot to image {image_id}: {error.report()}") from error
+                raise exception.ImageUnacceptable(image_id=image_id, reason=error.report()) from cause
+            raise exception.NovaException(f"snapshot to image {image_id}: {error.report()}") from cause
         self._handed_over = (glance, image_id, url)
         return url
 
@@ -119,7 +113,10 @@ class Rbd(imagebackend.Rbd):
         timeout = CONF.rbd_snap.operation_timeout
         state = registration.observe(glance, image_id, url, timeout_seconds=timeout, waiting_seconds=timeout)
         if state in (registration.State.WAITING, registration.State.GONE, registration.State.FOREIGN):
-            process.engine().rollback(image_id)
+            error = errors.SnapError("Glance does not use it")
+            clone.undo(process.engine(), image_id, error)
+            if error.undo_failures:
+                LOG.warning("Data of image %s: %s", image_id, error.report())
         else:
             LOG.warning("Kept %s: image %s uses it, or may use it; see the job in the ledger", url, image_id)
 
@@ -131,13 +128,3 @@ class Rbd(imagebackend.Rbd):
         disk = f"rbd:{self.driver.pool}/{self.rbd_name}"
         source = f"{disk}@{self._frozen}{self.path[len(disk):]}"
         nova_images.convert_image(source, target, "raw", out_format)
-
-
-def undo(job_id: str, error: errors.SnapError) -> None:
-    """Roll back what a job did before *error*; what cannot be undone is added to it."""
-    try:
-        process.engine().rollback(job_id)
-    except errors.SnapError as failure:
-        error.undo_failures += failure.undo_failures or [str(failure)]
-
-

@@ -9,7 +9,7 @@ import nova.conf
 from nova import service_auth
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.openstack.glance import Glance
+from nova_rbd_snap.openstack.glance import Glance, repeat
 from nova_rbd_snap.specs import Location
 
 CONF = nova.conf.CONF
@@ -34,8 +34,10 @@ def destination_pool(glance: Glance, disk: dict[str, Any], base_image_id: Option
         return str(CONF.rbd_snap.glance_pool)
     if disk["parent_pool"] and disk["parent_pool"] != disk["pool"]:
         return str(disk["parent_pool"])
-    store = CONF.libvirt.images_rbd_glance_store_name
-    pool = (store and glance.pool_of_store(store)) or _pool_of_image(glance, base_image_id, disk["fsid"])
+    try:
+        pool = _pool_of_store(glance) or _pool_of_image(glance, base_image_id, disk["fsid"])
+    except errors.GlanceSilent as error:
+        raise errors.Refused(f"Glance does not tell its pool; set [rbd_snap] glance_pool: {error}") from error
     if not pool:
         raise errors.Refused(
             "the disk has no parent in a pool of Glance's, and neither a store nor the base image tells the pool; "
@@ -44,12 +46,17 @@ def destination_pool(glance: Glance, disk: dict[str, Any], base_image_id: Option
     return pool
 
 
+def _pool_of_store(glance: Glance) -> Optional[str]:
+    store = CONF.libvirt.images_rbd_glance_store_name
+    return repeat(glance.pool_of_store, store, timeout_seconds=CONF.rbd_snap.operation_timeout) if store else None
+
+
 def _pool_of_image(glance: Glance, image_id: Optional[str], fsid: str) -> Optional[str]:
     """The pool of the first location of the image that is in cluster *fsid*."""
     if not image_id:
         return None
     try:
-        urls = glance.record(image_id).urls or ()
+        urls = repeat(glance.record, image_id, timeout_seconds=CONF.rbd_snap.operation_timeout).urls or ()
     except (errors.RecordGone, errors.NotRegistered):
         return None
     for url in urls:

@@ -13,12 +13,10 @@ import functools
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any, Callable, Optional
-
-import tenacity
+from typing import Callable, Optional
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.openstack.glance import Glance, Record
+from nova_rbd_snap.openstack.glance import Glance, Record, repeat
 
 LOG = logging.getLogger(__name__)
 
@@ -27,12 +25,11 @@ _NOT_OFFERED = (403, 405, 501)
 
 #: Seconds a record must be seen to be gone, or to have other data, before ours is given up.
 _GONE_SECONDS = 1.0
-#: Seconds a record must be seen to wait although Glance took, or may have taken, the location.
+#: Seconds a record must be seen to wait although Glance took, or may have taken, the location; no longer than it may
+#: stay as it is at all.
 _TASK_SECONDS = 10.0
 #: A task of Glance's that is seen at work may take so many times as long as an answer: others may be before it.
 _TASK_FACTOR = 10
-#: As Nova's own [glance] num_retries.
-_ATTEMPTS = 4
 
 
 class State(enum.Enum):
@@ -45,16 +42,20 @@ class State(enum.Enum):
     FOREIGN = "the record has, or gets, other data"
 
 
-def judge(record: Record, url: str) -> State:
-    """What *record* says of the location *url*. Where Glance hides locations, active data counts as ours: only the
-    one who asked for the snapshot knows the record, and asked us."""
+def judge(record: Record, url: str) -> Optional[State]:
+    """What *record* says of the location *url*; None where it says too little.
+
+    Where Glance hides locations, active data counts as ours: only the one who asked for the snapshot knows the record,
+    and asked us.
+    """
     if record.status in ("deleted", "pending_delete"):
         return State.GONE
     if record.status in ("active", "deactivated"):
         if record.urls is None or url in record.urls:
             return State.HELD
-        # Without any location an active image makes no sense: Glance is at work, or does not tell.
-        return State.FOREIGN if record.urls else State.COMING
+        if not record.urls:
+            return State.COMING  # an active image without any location makes no sense: Glance is at work
+        return State.FOREIGN if record.urls_complete else None
     if record.importing or (record.status == "queued" and url in (record.urls or ())):
         return State.COMING
     return State.WAITING if record.status == "queued" else State.FOREIGN
@@ -77,10 +78,10 @@ def register(
     :raises errors.InDoubt: it cannot be known whether the record points at *url*; keep the data.
     :raises errors.GlanceError: another of its kind; the record does not point at *url*, and will not.
     """
-    _repeat(glance.set_properties, image_id, properties, timeout_seconds=timeout_seconds, sleep=sleep)
+    repeat(glance.set_properties, image_id, properties, timeout_seconds=timeout_seconds, sleep=sleep)
     refusal = _send(glance, image_id, url)
     if refusal is None or (refusal.status or 0) >= 500:
-        waiting_seconds = _TASK_SECONDS
+        waiting_seconds = min(_TASK_SECONDS, timeout_seconds)
     else:
         waiting_seconds = timeout_seconds if isinstance(refusal, errors.GlanceSilent) else 0
     state = observe(
@@ -164,7 +165,7 @@ def look(glance: Glance, image_id: str, url: str) -> Optional[State]:
     try:
         return judge(glance.record(image_id), url)
     except errors.RecordGone:
-        return State.GONE
+        return State.GONE if glance.answers() else None
     except errors.GlanceError as error:
         LOG.debug("Cannot read image %s: %s", image_id, error)
         return None
@@ -194,16 +195,3 @@ def settle(
             glance.delete(image_id)
         state = watch()
     return {State.HELD: True, State.GONE: False, State.FOREIGN: False}.get(state) if state else None
-
-
-def _repeat(
-    request: Callable[..., None], *arguments: Any, timeout_seconds: float, sleep: Callable[[float], None]
-) -> None:
-    """Make a request that may be made twice, again where there was no answer."""
-    tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(errors.GlanceSilent),
-        stop=tenacity.stop_after_attempt(_ATTEMPTS) | tenacity.stop_after_delay(timeout_seconds),
-        wait=tenacity.wait_fixed(1),
-        sleep=sleep,
-        reraise=True,
-    )(request, *arguments)

@@ -6,6 +6,7 @@ The first error is the one the caller gets; what could not be undone rides along
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,8 @@ def _close(job: Job, failures: Sequence[str], ledger: Ledger) -> None:
         # Read again: the last write may have been applied although it seemed to fail.
         recorded = ledger.load(job.id)
     except errors.NoRecord:
+        if failures:  # somebody else saw nothing left, and removed it
+            ledger.reserve(dataclasses.replace(job, failures=tuple(failures)))
         return
     if recorded.owner != job.owner:
         raise errors.LedgerConflict(f"job {job.id} now belongs to {recorded.owner.host}")

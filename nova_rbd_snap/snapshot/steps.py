@@ -103,7 +103,9 @@ class Clone:
         if job.dest_id is not None:
             return info.id == job.dest_id
         if info.parent is not None:
-            return info.parent == job.snap
+            # An undo that removed the snapshot but not its clone left it in the trash, where it has another name.
+            in_trash = any(snap.trashed for snap in _frozen(job, run))
+            return info.parent == job.snap or (in_trash and info.parent.image == job.disk)
         return not run.cluster.snaps(dest)
 
 

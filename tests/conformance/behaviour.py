@@ -19,6 +19,7 @@ from nova.tests.unit.virt.libvirt import test_driver
 from nova.virt import driver as nova_driver
 from nova.virt import fake
 from nova.virt import images as nova_images
+from nova.virt.libvirt import guest as libvirt_guest
 from nova.virt.libvirt import imagebackend as nova_imagebackend
 
 from nova_rbd_snap import errors
@@ -44,9 +45,10 @@ class EngineInMemory:
         self.left = {}
         self.jobs = set()
         self.error = None
+        self.parent_pool = GLANCE_POOL
 
     def describe(self, disk):
-        return {"fsid": FSID, "pool": NOVA_POOL, "parent_pool": GLANCE_POOL}
+        return {"fsid": FSID, "pool": NOVA_POOL, "parent_pool": self.parent_pool}
 
     def clone(self, image_id, disk, dest_pool, report):
         if self.error:
@@ -86,7 +88,10 @@ class GlanceInMemory:
     def record(self, image_id):
         image = self._image(image_id)
         urls = tuple(filter(None, [image.get("location")]))
-        return glance.Record("active" if urls else "queued", urls, importing=False)
+        return glance.Record("active" if urls else "queued", urls, urls_complete=True, importing=False)
+
+    def answers(self):
+        return True
 
     def set_properties(self, image_id, properties):
         image = self._image(image_id)
@@ -151,6 +156,28 @@ class DriverBehaviour(test_driver._BaseSnapshotTests):
         image = self._snapshot(self.image_id)
         self._assert_snapshot(image, disk_format="raw")
         self.assertNotIn("location", image)
+        self.copy.assert_called_once()
+        self.assert_nothing_left()
+
+    def test_encrypted_disk_is_copied(self):
+        """What libvirt encrypts is not cloned: the image would hold bytes that nobody can read."""
+        source = "<source protocol='rbd'><encryption format='luks'/></source>"
+        self.patch(
+            libvirt_guest.Guest,
+            "get_xml_desc",
+            return_value=f"<domain><devices><disk type='network'>{source}</disk></devices></domain>",
+        )
+        self._assert_snapshot(self._snapshot(self.image_id), disk_format="raw")
+        self.copy.assert_called_once()
+        self.assert_nothing_left()
+
+    def test_pool_that_glance_does_not_tell_now(self):
+        """A mere hint that cannot be had is no reason to fail: the disk is copied."""
+        self.engine.parent_pool = None
+        self.patch(glance.time, "sleep")
+        with mock.patch.object(self.glance, "record", side_effect=errors.GlanceSilent("no answer")):
+            image = self._snapshot(self.image_id)
+        self._assert_snapshot(image, disk_format="raw")
         self.copy.assert_called_once()
         self.assert_nothing_left()
 

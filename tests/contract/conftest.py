@@ -13,7 +13,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable, Optional, Protocol, Union
+from typing import Any, Optional, Protocol, Union
 
 import pytest
 
@@ -21,6 +21,7 @@ from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster
 from nova_rbd_snap.specs import ImageSpec, SnapSpec
 from tests.fakes import cluster as fake
+from tests.waiting import eventually
 
 CEPH_CONF = Path("/etc/ceph/ceph.conf")
 OBJECT_BYTES = fake.OBJECT_BYTES
@@ -200,7 +201,7 @@ class RealWorld:
                 return True
             return False
 
-        poll(is_known_to_the_osds)
+        eventually(is_known_to_the_osds, "the OSDs know the blocklist", pause=0.1)
         return victim
 
     @contextlib.contextmanager
@@ -262,11 +263,11 @@ class RealWorld:
 
         self.mon("osd pool set-quota", pool=pool, field="max_objects", val="1")
         try:
-            poll(lambda: not takes_writes())
+            eventually(lambda: not takes_writes(), "the pool is full", pause=0.1)
             yield
         finally:
             self.mon("osd pool set-quota", pool=pool, field="max_objects", val="0")
-            poll(takes_writes)
+            eventually(takes_writes, "the pool is no longer full", pause=0.1)
 
     def half_clone(self, half: str, snap: SnapSpec, dest: ImageSpec) -> None:
         rbd = self._rbd
@@ -300,16 +301,6 @@ class RealWorld:
 def _plain(address: str) -> str:
     """An address as the blocklist takes it: without the messenger's version."""
     return address.strip("[]").split(",")[0].split(":", 1)[1] if address[0] in "[v" else address
-
-
-def poll(condition: Callable[[], object]) -> None:
-    """Wait until *condition* is true, for a minute at most."""
-    import time
-
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it never became true"
-        time.sleep(0.1)
 
 
 def _absent() -> Optional[str]:

@@ -18,7 +18,8 @@ import pytest
 pytest.register_assert_rewrite("cloud")  # before it is imported, or its assertions do not show what they compared
 
 from cloud import GLANCE_CONF, NOVA_CONF, PROXY_PORT, Cloud, Log, run  # noqa: E402
-from glance_proxy import GlanceProxy  # noqa: E402
+
+from tests.fakes.glance_proxy import GlanceProxy  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:

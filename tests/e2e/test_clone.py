@@ -14,7 +14,8 @@ from typing import Any, Optional
 import pytest
 import rbd
 from cloud import GIB, MIB, PREFIX, SNAPSHOTS, THROUGH_PROXY, Cloud, Log, eventually, run
-from glance_proxy import GlanceProxy
+
+from tests.fakes.glance_proxy import GlanceProxy
 
 UNTRUSTED = {"service_user": {"send_service_user_token": "false"}}
 
@@ -50,7 +51,7 @@ def assert_boots_alike(cloud: Cloud, image: Any, digest: str) -> None:
     [
         pytest.param("running", "base", marks=pytest.mark.core),
         ("paused", "base"),
-        pytest.param("stopped", "base", marks=pytest.mark.core),
+        ("stopped", "base"),
         ("running", "base-ami"),
     ],
 )
@@ -101,7 +102,6 @@ def numbers_in(cloud: Cloud, image: Any) -> tuple[int, int]:
         return first, last
 
 
-@pytest.mark.core
 def test_one_instant(cloud: Cloud, server: Any, log: Log) -> None:
     """The image shows the disk at one instant, though it is written to all the time."""
     cloud.configure()
@@ -144,7 +144,6 @@ def test_flattened_disk(cloud: Cloud, log: Log) -> None:
     assert_cloned(cloud, log, server, image)
 
 
-@pytest.mark.core
 def test_backup(cloud: Cloud, server: Any, log: Log) -> None:
     """A backup clones and carries what rotation needs; the next one replaces it."""
     cloud.configure()

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 from cloud import MIB, SHORT_TOKEN_SECONDS, THROUGH_PROXY, Cloud, Log, ceph_host, eventually, run
-from glance_proxy import GlanceProxy
 from test_clone import UNTRUSTED, assert_cloned
+
+from tests.fakes.glance_proxy import GlanceProxy
 
 IMPATIENT = ({"rbd_snap": {"operation_timeout": 10}}, THROUGH_PROXY)
 OSDS = ("osd.0", "osd.1", "osd.2")
@@ -51,7 +52,6 @@ def gone(pid: int) -> bool:
     return not pathlib.Path(f"/proc/{pid}").exists()
 
 
-@pytest.mark.core
 def test_image_is_deleted(cloud: Cloud, server: Any, log: Log) -> None:
     """The tenant deletes the image half-way: nothing is left, nothing is copied, and the server is well."""
     before = cloud.picture()
@@ -216,7 +216,6 @@ def test_monitor_stops_answering(cloud: Cloud, server: Any, log: Log) -> None:
     cloud.unchanged(before, seconds=2 * DEAD_CLIENT_SECONDS)
 
 
-@pytest.mark.core
 def test_glance_is_silent(cloud: Cloud, server: Any, proxy: GlanceProxy, log: Log) -> None:
     """A Glance that answers nothing ends the request in bounded time, and what was made is removed."""
     before = cloud.picture()
@@ -244,7 +243,7 @@ def test_token_or_record_is_not_accepted(
     assert cloud.image(image_id) is None or cloud.image(image_id).status == "queued"
 
 
-@pytest.mark.parametrize("trusted", [pytest.param(True, marks=pytest.mark.core), False])
+@pytest.mark.parametrize("trusted", [True, False])
 def test_token_expires(cloud: Cloud, server: Any, trusted: bool) -> None:
     """The tenant's token expires while the disk is cloned: the service's own vouches for it, or the error is clean."""
     if not trusted:

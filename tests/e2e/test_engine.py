@@ -36,7 +36,6 @@ def test_parallel_snapshots_share_one_client(cloud: Cloud) -> None:
         assert_cloned(cloud, log, server, cloud.image(image))
 
 
-@pytest.mark.core
 def test_killed_engine_is_replaced(cloud: Cloud, server: Any) -> None:
     """The next snapshot starts another engine, and is cloned as if nothing had been."""
     cloud.configure()

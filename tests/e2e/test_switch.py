@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cloud import Cloud, Log, ceph_host, eventually
+from cloud import Cloud, Log, ceph_host, eventually, run
 
 
 def assert_stock(cloud: Cloud) -> None:
@@ -62,10 +62,13 @@ def test_cluster_silent_at_start(cloud: Cloud) -> None:
     cloud.configure()
     ceph_host("supervisorctl", "signal", "STOP", "mon")
     try:
-        log = cloud.configure({"rbd_snap": {"operation_timeout": 5}})
+        log = Log()
+        cloud.write_configuration({"rbd_snap": {"operation_timeout": 5}})
+        run("supervisorctl", "restart", "nova-compute")
         log.has("nova-rbd-snap: cannot be checked now", 60)
     finally:
         ceph_host("supervisorctl", "signal", "CONT", "mon")
+    cloud.nova_compute_is_back(log)
     server = cloud.standing_server()
     log = Log()
     image = cloud.snapshot(server)

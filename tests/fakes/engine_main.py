@@ -17,6 +17,7 @@ from typing import Any, Optional
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.engine import __main__ as engine_main
+from nova_rbd_snap.engine import server as server_module
 from nova_rbd_snap.engine.server import Server
 from nova_rbd_snap.engine.service import Engine
 from tests.fakes.cluster import FakeCluster
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--denied", metavar="CALL", help="fail this call once")
     parser.add_argument("--slow-seconds", type=float, help="how long a flatten takes at least")
     parser.add_argument("--registered", choices=REGISTERED, default="unknown", help="what Glance would say")
+    parser.add_argument("--take-seconds", type=float, default=60, help="how long SIGTERM waits for what is ready")
     told, _ = parser.parse_known_args()
 
     cluster = populated()
@@ -64,6 +66,7 @@ def main() -> None:
         return make_engine(cluster, host=hello["host"], machine=hello["machine"], registered=registered)
 
     engine_main._build = build
+    server_module._TAKE_SECONDS = told.take_seconds
     engine_main.main()
     if told.picture:
         written = told.picture.with_suffix(".new")

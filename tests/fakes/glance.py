@@ -79,7 +79,7 @@ class FakeImageService:
             return "post"
         if method == "PATCH":
             return "patch" if body[0]["path"] == "/locations/-" else "properties"
-        return "stores" if "stores" in path else method.lower()
+        return next((kind for kind in ("stores", "schemas") if kind in path), method.lower())
 
     @staticmethod
     def _fail(fault: Fault) -> Answer:
@@ -90,6 +90,8 @@ class FakeImageService:
     def _do(self, kind: str, image_id: str, body: Any) -> Answer:
         if kind == "stores":
             return Answer(403)
+        if kind == "schemas":
+            return Answer(200, {"name": image_id})
         record = self.records.get(image_id)
         if record is None:
             return Answer(404)

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +24,7 @@ from nova_rbd_snap.engine import client as client_module
 from nova_rbd_snap.engine import wire
 from nova_rbd_snap.engine.client import EngineClient
 from tests.fakes.engine import DEST, DISK, ENDLESS, SERVER, Reports, UntilFlattening
+from tests.waiting import eventually
 
 REPO = Path(__file__).resolve().parent.parent.parent
 BOUND_SECONDS = 60
@@ -66,18 +66,9 @@ def clone(client: EngineClient, report: Any = None, image_id: str = DEST.name, d
     return client.clone(image_id, disk, DEST.pool, report or Reports())
 
 
-def eventually(condition: Callable[[], Any]) -> Any:
-    """What *condition* comes to once it is true; bounded."""
-    deadline = time.monotonic() + BOUND_SECONDS
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it never became true"
-        time.sleep(0.01)
-    return value
-
-
 def pools(picture: Path) -> tuple[str, str]:
     """What an engine that ended left: its pools before and after."""
-    eventually(picture.exists)
+    eventually(picture.exists, "the engine ends", pause=0.01)
     found = json.loads(picture.read_text())
     return found["before"], found["after"]
 
@@ -165,7 +156,7 @@ def test_engines_log_is_nova_computes(start: Start, caplog: pytest.LogCaptureFix
         clone(client)
         with pytest.raises(errors.SnapError, match="could not be undone") as caught:
             client.rollback(DEST.name)
-        eventually(lambda: [record for record in caplog.records if record.name == "nova_rbd_snap.snapshot.saga"])
+        eventually(lambda: "nova_rbd_snap.snapshot.saga" in {record.name for record in caplog.records}, "it is logged")
     assert caught.value.undo_failures
     assert "could not undo clone" in caplog.text
 
@@ -220,7 +211,7 @@ def test_sigterm_undoes_and_ends(start: Start, picture: Path) -> None:
             call.result(BOUND_SECONDS)
     before, after = pools(picture)
     assert after == before
-    eventually(lambda: client.pid is None)
+    eventually(lambda: client.pid is None, "the engine is gone", pause=0.01)
 
 
 def takes_no_more_work(client: EngineClient) -> bool:
@@ -234,12 +225,26 @@ def test_sigterm_waits_for_what_is_ready(start: Start, picture: Path) -> None:
     client = start("--picture", str(picture), "--registered", "no")
     clone(client)
     os.kill(client.pid, signal.SIGTERM)
-    eventually(lambda: takes_no_more_work(client))
+    eventually(lambda: takes_no_more_work(client), "the engine takes no work", pause=0.01)
     client.finish(DEST.name)
     before, after = pools(picture)
     assert DEST.name in after
     assert DEST.name not in before
     assert "nova-rbd-snap-" not in after
+
+
+def test_sigterm_leaves_to_nova_compute_what_it_does_not_take(start: Start, picture: Path) -> None:
+    """What nova-compute is not done with does not keep the engine, nor does it decide about that itself: Glance may be
+    about to hold it. The next call starts another engine."""
+    client = start("--picture", str(picture), "--registered", "no", "--take-seconds", "0.1")
+    clone(client)
+    pid = client.pid
+    os.kill(pid, signal.SIGTERM)
+    _, after = pools(picture)
+    assert DEST.name in after
+    assert "nova_rbd_snap.ledger" in after
+    eventually(lambda: client.pid != pid, "the engine is gone", pause=0.01)
+    assert client.check() == []
 
 
 # -- a nova-compute that ends ------------------------------------------------------------------------------------------

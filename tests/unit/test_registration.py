@@ -75,6 +75,36 @@ def test_refused_post_is_patched(service: FakeImageService, status: int) -> None
     assert urls(service) == [URL]
 
 
+@pytest.mark.parametrize("timeout_seconds", [5, 60])
+def test_refusal_is_believed_however_short_the_patience(service: FakeImageService, timeout_seconds: int) -> None:
+    """A 5xx after which the record goes on waiting is a refusal, and no matter of doubt."""
+    service.faults.append(Fault("post", 500))
+    with pytest.raises(errors.NotRegistered):
+        register(glance(service), IMAGE, URL, PROPERTIES, **{**Time().options(), "timeout_seconds": timeout_seconds})
+
+
+def test_not_found_by_somebody_else(service: FakeImageService) -> None:
+    """Something before Glance that says "not found" to everything does not make the image a deleted one."""
+    service.faults += [Fault("get", 404), Fault("schemas", 404)]
+    with pytest.raises(errors.InDoubt):
+        try_to_register(service)
+    assert service.records[IMAGE]["status"] != "deleted"
+
+
+@pytest.mark.parametrize(
+    ("shown", "state"),
+    [
+        ({"locations": [{"url": "rbd://other"}]}, State.FOREIGN),
+        ({"direct_url": "rbd://other"}, None),
+        ({"direct_url": URL}, State.HELD),
+        ({"locations": [{"url": "rbd://other"}], "direct_url": URL}, State.HELD),
+    ],
+)
+def test_one_location_of_several(shown: dict[str, Any], state: Optional[State]) -> None:
+    """The direct URL is one of the image's locations: that it is another's says nothing of ours."""
+    assert judge(Record.from_json({"status": "active", **shown}), URL) is state
+
+
 @pytest.mark.parametrize("way", ["post", "patch"])
 @pytest.mark.parametrize("status", [None, 400, 409, 500, 502, 503, 504])
 def test_lost_answer_is_looked_up(service: FakeImageService, way: str, status: Optional[int]) -> None:
@@ -226,7 +256,7 @@ def test_silence_before_anything_was_asked_for(service: FakeImageService) -> Non
 )
 def test_judge(status: str, locations: Optional[tuple[str, ...]], importing: bool, state: State) -> None:
     """What each kind of record says of our location."""
-    assert judge(Record(status, locations, importing), URL) is state
+    assert judge(Record(status, locations, True, importing), URL) is state
 
 
 @pytest.mark.parametrize(

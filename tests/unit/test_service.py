@@ -552,6 +552,29 @@ def test_cancel_lets_the_disk_go(clone_format: int, then: str) -> None:
     assert after == before
 
 
+def test_cancel_goes_on_after_trouble() -> None:
+    """One job that cannot be undone does not keep the others on the disk that is about to be deleted."""
+    cluster = populated()
+    before = cluster.picture()
+    for job_id in ("one", "two"):
+        make_engine(cluster).freeze(job_id, DISK.name, Reports())
+    cluster.fail_on("remove_snap_by_id", errors.NoPermission)
+    with pytest.raises(errors.SnapError, match="one"):
+        make_engine(cluster).cancel(SERVER)
+    assert [job.id for job in Ledger(cluster, "vms").jobs()] == ["one"]
+    assert make_engine(cluster).cancel(SERVER) == ["one"]
+    assert cluster.picture() == before
+
+
+def test_cancel_names_what_it_may_not_undo(caplog: pytest.LogCaptureFixture) -> None:
+    """What another host left on the disk stays, and the log says whose it is."""
+    cluster = populated()
+    make_engine(cluster, host="compute-2").freeze("theirs", DISK.name, Reports())
+    assert make_engine(cluster).cancel(SERVER) == []
+    assert "Job theirs of compute-2" in caplog.text
+    assert [job.id for job in Ledger(cluster, "vms").jobs()] == ["theirs"]
+
+
 def test_stopped_engine_takes_no_work() -> None:
     """After stop nothing is begun."""
     cluster = populated()
@@ -615,7 +638,7 @@ def test_idle_once_all_is_taken() -> None:
     cluster = populated()
     engine = make_engine(cluster)
     clone(engine)
-    waiting = threading.Thread(target=engine.wait_until_idle, daemon=True)
+    waiting = threading.Thread(target=engine.wait_until_idle, args=[BOUND_SECONDS], daemon=True)
     waiting.start()
     assert waiting.is_alive()
     engine.finish(DEST.name)

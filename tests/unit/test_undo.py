@@ -207,6 +207,21 @@ def test_failed_undo_rides_along_and_can_be_repeated(call: Call, applied: bool) 
     assert cluster.picture() == before
 
 
+@pytest.mark.parametrize("way", CLONES, ids=lambda way: way.name)
+def test_clone_without_a_name_on_record_is_known_by_its_parent(way: Way) -> None:
+    """The answer to the clone was lost and its removal failed, so that its parent may be in the trash by now: it is
+    still this job's, and goes with the next attempt."""
+    cluster = populated(way.clone_format)
+    before = cluster.picture()
+    cluster.fail_on("clone", errors.Unreachable, applied=True)
+    cluster.fail_on("remove", errors.Unreachable)
+    with pytest.raises(errors.Unreachable) as caught:
+        way.start(make_engine(cluster), Reports())
+    assert caught.value.undo_failures
+    make_engine(cluster).rollback(way.job_id)
+    assert cluster.picture() == before
+
+
 def failed_at_the_end(cluster: FakeCluster, way: Way) -> errors.SnapError:
     break_the_end(cluster, way)
     with pytest.raises(errors.NoSpace) as caught:

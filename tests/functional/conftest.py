@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of the functional tests: the engine in this process on a real Ceph, and a real Glance; no Nova.
+
+They run inside a cloud's container, with the Ceph users and pools of its nova-compute and its glance-api::
+
+    lab/lab exec 34 python3 -m pytest -p no:cacheprovider /src/tests/functional
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import rbd
+
+from tests.fakes.glance_proxy import GlanceProxy
+from tests.functional.world import World
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """With a hurried monitor, for each snapshot waits for its next proposal."""
+    with contextlib.ExitStack() as stack:
+        world = World(stack)
+        mon = '{"prefix": "config %s", "who": "mon", "name": "paxos_propose_interval", "value": "0.1"}'
+        world.rados.mon_command(mon % "set", b"")
+        stack.callback(world.rados.mon_command, mon % "rm", b"")
+        yield world
+
+
+@pytest.fixture
+def disk(world: World) -> Iterator[str]:
+    name = world.new_disk()
+    yield name
+    with contextlib.suppress(rbd.ImageNotFound):
+        rbd.RBD().remove(world.ioctx[world.vms], name)
+
+
+@pytest.fixture
+def image_id(world: World) -> Iterator[str]:
+    found = world.new_record()
+    yield found
+    world.delete_image(found)
+
+
+@pytest.fixture
+def proxy(world: World) -> Iterator[GlanceProxy]:
+    """Honest until the test says otherwise."""
+    yield world.proxy
+    world.proxy.behave()

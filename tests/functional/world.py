@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real Ceph and a real Glance, as their administrators see them and as a snapshot request does."""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import os
+import random
+import uuid
+from typing import Any
+
+import rados
+import rbd
+from keystoneauth1 import loading, service_token
+from keystoneauth1.identity import v3
+
+from nova_rbd_snap import conf, errors
+from nova_rbd_snap.ceph.librbd import LibrbdCluster
+from nova_rbd_snap.engine.service import Engine
+from nova_rbd_snap.ledger.store import OBJECT
+from nova_rbd_snap.openstack import clone, keystone, registration
+from nova_rbd_snap.openstack.glance import Glance
+from tests.fakes.glance_proxy import GlanceProxy
+from tests.waiting import eventually
+
+NOVA_CONF = "/etc/nova/nova.conf"
+MIB = 1 << 20
+DISK_BYTES = 64 * MIB
+TIMEOUT_SECONDS = 20
+#: Of a Glance that will not answer.
+HURRIED_SECONDS = 3
+PROXY_PORT = 9394
+
+
+class World:
+    """The cluster and Glance as their administrators see them, and what a snapshot request has at hand."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self.vms, self.images = f"vms-{os.environ['CLOUD']}", f"images-{os.environ['CLOUD']}"
+        self.conf = conf.load(["--config-file", NOVA_CONF])
+        self.conf.set_override("operation_timeout", TIMEOUT_SECONDS, group="rbd_snap")
+        self.rados = rados.Rados(rados_id="admin", conffile="/etc/ceph/ceph.conf")
+        self.rados.connect()
+        stack.callback(self.rados.shutdown)
+        self.ioctx = {pool: self.rados.open_ioctx(pool) for pool in (self.vms, self.images)}
+        self.service = keystone.glance_as_service(self.conf, conf.Settings.read(self.conf))
+        self.tenant = Glance.connect(self.conf, self._tenants_auth(trusted=True), TIMEOUT_SECONDS)
+        #: The tenant behind a nova-compute that sends no service token.
+        self.untrusted = Glance.connect(self.conf, self._tenants_auth(trusted=False), TIMEOUT_SECONDS)
+        #: Goes between the tenant and Glance where a test says so.
+        self.proxy = stack.enter_context(GlanceProxy(PROXY_PORT))
+
+    def _tenants_auth(self, trusted: bool) -> Any:
+        parsed = configparser.ConfigParser(strict=False, interpolation=None)
+        parsed.read(NOVA_CONF)
+        user = v3.Password(
+            auth_url=parsed["service_user"]["auth_url"],
+            username="demo",
+            password="lab",
+            project_name="demo",
+            user_domain_id="default",
+            project_domain_id="default",
+        )
+        if not trusted:
+            return user
+        return service_token.ServiceTokenAuthWrapper(
+            user_auth=user, service_auth=loading.load_auth_from_conf_options(self.conf, "service_user")
+        )
+
+    # -- what a test works on ------------------------------------------------------------------------------------
+
+    def engine(self, *, host: str = "functional", clone_format: int = 2) -> Engine:
+        """A new engine of *host*, as nova-compute's configuration makes it."""
+        self.conf.set_override("clone_format", clone_format, group="rbd_snap")
+        settings = conf.Settings.read(self.conf)
+
+        def connect() -> LibrbdCluster:
+            return LibrbdCluster(
+                conf=settings.ceph_conf,
+                user=settings.ceph_user,
+                timeout_seconds=settings.operation_timeout,
+                clone_format=settings.clone_format,
+            )
+
+        def registered(image_id: str, url: str) -> Any:
+            return registration.settle(self.service, image_id, url, timeout_seconds=TIMEOUT_SECONDS)
+
+        return Engine(settings, host=host, machine="machine", connect=connect, registered=registered)
+
+    def new_disk(self) -> str:
+        """A server's disk with random data."""
+        name = f"{uuid.uuid4()}_disk"
+        rbd.RBD().create(self.ioctx[self.vms], name, DISK_BYTES)
+        with rbd.Image(self.ioctx[self.vms], name) as disk:
+            for offset in range(0, DISK_BYTES, 4 * MIB):
+                disk.write(random.randbytes(64 * 1024), offset)
+        return name
+
+    def new_record(self) -> str:
+        """An image record of the tenant's that waits for data."""
+        answer = self.tenant._call("POST", "/v2/images", json={"name": "functional", "visibility": "private"})
+        return str(answer.json()["id"])
+
+    def tenant_through(self, endpoint: str) -> Glance:
+        """The tenant, with Glance at *endpoint*, who soon loses patience."""
+        configured = self.conf.glance.endpoint_override
+        self.conf.set_override("endpoint_override", endpoint, group="glance")
+        try:
+            return Glance.connect(self.conf, self._tenants_auth(trusted=True), HURRIED_SECONDS)
+        finally:
+            self.conf.set_override("endpoint_override", configured, group="glance")
+
+    def through_proxy(self) -> Glance:
+        return self.tenant_through(f"http://127.0.0.1:{PROXY_PORT}")
+
+    def register(self, engine: Engine, as_user: Glance, image_id: str, url: str) -> None:
+        formats = {"disk_format": "raw", "container_format": "bare"}
+        clone.register(engine, as_user, image_id, url, formats, timeout_seconds=HURRIED_SECONDS, report=unheard)
+
+    def delete_image(self, image_id: str) -> None:
+        """Delete the image; Glance refuses that while it still reads the image to hash it."""
+
+        def deleted() -> bool:
+            try:
+                self.service.delete(image_id)
+            except errors.RecordGone:
+                return True
+            except errors.NotRegistered:
+                return False
+            return True
+
+        eventually(deleted, f"image {image_id} can be deleted", pause=0.1)
+
+    # -- what became of it ---------------------------------------------------------------------------------------
+
+    def status(self, image_id: str) -> str:
+        return self.service.record(image_id).status
+
+    def content(self, pool: str, name: str, snap: Any = None) -> bytes:
+        with rbd.Image(self.ioctx[pool], name, snapshot=snap, read_only=True) as image:
+            return bytes(image.read(0, image.size()))
+
+    def jobs(self) -> set[str]:
+        with rados.ReadOpCtx() as operation:
+            pairs, _ = self.ioctx[self.vms].get_omap_vals(operation, "", "", 1000)
+            with contextlib.suppress(rados.ObjectNotFound):
+                self.ioctx[self.vms].operate_read_op(operation, OBJECT)
+                return {key for key, _ in pairs}
+        return set()
+
+    def picture(self) -> dict[str, Any]:
+        """All rbd images of both pools with their snapshots, and the jobs."""
+        found: dict[str, Any] = {"jobs": self.jobs()}
+        for pool, ioctx in self.ioctx.items():
+            for name in rbd.RBD().list(ioctx):
+                with rbd.Image(ioctx, name, read_only=True) as image:
+                    found[f"{pool}/{name}"] = [(snap["name"], snap["namespace"]) for snap in image.list_snaps()]
+        return found
+
+
+def unheard(step: str, done: int, total: int) -> None:
+    """Progress that nobody follows."""
