@@ -334,7 +334,8 @@ def test_rbd_class_alone(cloud: Cloud, server: Any) -> None:
 @pytest.mark.usefixtures("rbd_alone")
 def test_rbd_class_alone_is_refused(cloud: Cloud, server: Any, proxy: GlanceProxy, log: Log) -> None:
     """What Glance does not take is removed when Nova tells our class so; the request then fails, as Nova's do."""
-    cloud.configure({"DEFAULT": {"compute_driver": "rbd_alone.LibvirtDriver"}}, THROUGH_PROXY)
+    hurried = {"rbd_snap": {"operation_timeout": 10}}
+    cloud.configure({"DEFAULT": {"compute_driver": "rbd_alone.LibvirtDriver"}}, THROUGH_PROXY, hurried)
     before = cloud.picture()
     proxy.break_(lambda request: request.registers, status=403)
     cloud.failed_snapshot(server, cloud.request(server))
