@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fill a cloud: `identity` makes users and the catalog, `cloud` makes images and flavors.
+"""Fill a cloud: `identity` makes users and the catalog, `cloud` makes images and flavors; `compute` waits for it.
 
-Both can be repeated.
+All can be repeated.
 """
 
 import os
@@ -82,6 +82,13 @@ def host(cloud):
                    check=True)
 
 
+def compute(cloud):
+    """Return once nova-compute itself answers: sooner, it gives up servers that are about to be built."""
+    (found,) = cloud.compute.get('/os-hypervisors', microversion='2.53').json()['hypervisors']
+    answer = cloud.compute.get(f'/os-hypervisors/{found["id"]}/uptime', microversion='2.53')
+    openstack.exceptions.raise_from_response(answer)
+
+
 def retry(function, *args):
     """Repeat until the service behind answers; `lab up` bounds the time."""
     while True:
@@ -96,6 +103,8 @@ def main():
     cloud = openstack.connect(cloud='admin')
     if sys.argv[1] == 'identity':
         identity(cloud)
+    elif sys.argv[1] == 'compute':
+        retry(compute, cloud)
     else:
         retry(images, cloud)
         retry(flavors, cloud)
