@@ -75,3 +75,11 @@ def undo(engine: Engine, job_id: str, error: errors.SnapError) -> None:
         engine.rollback(job_id)
     except errors.SnapError as failure:
         error.undo_failures += failure.undo_failures or [str(failure)]
+
+
+def give_up(engine: Engine, image_id: str, why: str) -> None:
+    """Roll back a clone that nobody wants; what cannot be undone is logged: what led here is what counts."""
+    error = errors.SnapError(why)
+    undo(engine, image_id, error)
+    if error.undo_failures:
+        LOG.warning("The clone for image %s is given up: %s", image_id, error.report())

@@ -222,7 +222,7 @@ class _Request:
         try:
             self.await_announced()
         except Exception:
-            self._give_up()
+            clone.give_up(process.engine(), self.image_id, "the server takes no image now")
             raise
         clone.register(
             process.engine(),
@@ -237,13 +237,6 @@ class _Request:
             "Snapshot to image %s: cloned in %.1f s (%s) as %s",
             self.image_id, time.monotonic() - started, self._durations(), url, instance=self.instance,
         )
-
-    def _give_up(self) -> None:
-        """Undo the clone; what fails is logged and stays in the ledger, for the reason to give up is what counts."""
-        error = errors.SnapError("the clone is given up")
-        clone.undo(process.engine(), self.image_id, error)
-        if error.undo_failures:
-            LOG.warning("Snapshot to image %s: %s", self.image_id, error.report(), instance=self.instance)
 
     def freeze(self, job_id: str) -> Optional[str]:
         """Take the snapshot that a full copy reads; None where none can be had and the guest must be suspended.

@@ -113,10 +113,7 @@ class Rbd(imagebackend.Rbd):
         timeout = CONF.rbd_snap.operation_timeout
         state = registration.observe(glance, image_id, url, timeout_seconds=timeout, waiting_seconds=timeout)
         if state in (registration.State.WAITING, registration.State.GONE, registration.State.FOREIGN):
-            error = errors.SnapError("Glance does not use it")
-            clone.undo(process.engine(), image_id, error)
-            if error.undo_failures:
-                LOG.warning("Data of image %s: %s", image_id, error.report())
+            clone.give_up(process.engine(), image_id, "Glance does not use it")
         else:
             LOG.warning("Kept %s: image %s uses it, or may use it; see the job in the ledger", url, image_id)
 

@@ -20,6 +20,7 @@ import pytest
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster
 from nova_rbd_snap.specs import ImageSpec, SnapSpec
+from tests import monitor
 from tests.fakes import cluster as fake
 from tests.waiting import eventually
 
@@ -133,9 +134,7 @@ class RealWorld:
         self._rados = rados.Rados(rados_id="admin", conffile=str(CEPH_CONF))
         self._rados.connect(timeout=10)
         stack.callback(self._rados.shutdown)
-        # Each create_snap waits for a proposal of the monitors: a second by default.
-        self.mon("config set", who="mon", name="paxos_propose_interval", value="0.1")
-        stack.callback(self.mon, "config rm", who="mon", name="paxos_propose_interval")
+        stack.enter_context(monitor.hurried(self._rados))
         session = uuid.uuid4().hex[:8]
         profile = f"contract-{session}"
         self.mon("osd erasure-code-profile set", name=profile, profile=["k=2", "m=1", "crush-failure-domain=osd"])

@@ -466,6 +466,13 @@ class Cloud:
             self.write(server, 8)
         return server
 
+    def boot_flat(self) -> Any:
+        """As :meth:`boot`; the disk's link to its base image is cut."""
+        server = self.boot()
+        with self.ceph.image(self.vms, f"{server.id}_disk") as disk:
+            disk.flatten()
+        return server
+
     def write(self, server: Any, pieces: int, *, size: int = MIB, step: int = MIB) -> None:
         """Write pieces of known data to the server's disk, each *step* after the last; not to its boot sector."""
         with self.ceph.image(self.vms, f"{server.id}_disk") as disk:

@@ -19,6 +19,7 @@ pytest.register_assert_rewrite("cloud")  # before it is imported, or its asserti
 
 from cloud import GLANCE_CONF, NOVA_CONF, PROXY_PORT, Cloud, Log, run  # noqa: E402
 
+from tests import monitor  # noqa: E402
 from tests.fakes.glance_proxy import GlanceProxy  # noqa: E402
 
 
@@ -34,14 +35,13 @@ def glance_proxy() -> Iterator[GlanceProxy]:
 
 @pytest.fixture(scope="session")
 def whole_cloud(glance_proxy: GlanceProxy) -> Iterator[Cloud]:
-    """The cloud as it is found, and left: with a hurried monitor, for each snapshot waits for its next proposal."""
+    """The cloud, which is left as it is found."""
     cloud = Cloud()
     for_all = cloud.clean_up
     configured = NOVA_CONF.read_text() if NOVA_CONF.exists() else None
-    run("ceph", "config", "set", "mon", "paxos_propose_interval", "0.1")
-    yield cloud
-    for_all.close()
-    run("ceph", "config", "rm", "mon", "paxos_propose_interval")
+    with monitor.hurried(cloud.ceph.rados):
+        yield cloud
+        for_all.close()
     if GLANCE_CONF.exists():
         GLANCE_CONF.unlink()
         run("supervisorctl", "restart", "glance-api")

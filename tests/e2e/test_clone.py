@@ -135,9 +135,7 @@ def test_shelve_and_unshelve(cloud: Cloud, log: Log) -> None:
 def test_flattened_disk(cloud: Cloud, log: Log) -> None:
     """A disk whose link to its base image was cut goes where the base image is."""
     cloud.configure()
-    server = cloud.boot()
-    with cloud.ceph.image(cloud.vms, f"{server.id}_disk") as disk:
-        disk.flatten()
+    server = cloud.boot_flat()
     digest = cloud.disk_digest(server)
     image = cloud.snapshot(server)
     assert cloud.image_digest(image.id) == digest
@@ -257,9 +255,7 @@ def test_data_pool_of_choice(cloud: Cloud, server: Any, log: Log) -> None:
 def test_pool_of_a_store(cloud: Cloud, log: Log) -> None:
     """A disk without a parent goes where [libvirt] images_rbd_glance_store_name says, if Glance tells who asks."""
     cloud.configure({"libvirt": {"images_rbd_glance_store_name": "ec"}})
-    server = cloud.boot()
-    with cloud.ceph.image(cloud.vms, f"{server.id}_disk") as disk:
-        disk.flatten()
+    server = cloud.boot_flat()
     digest = cloud.disk_digest(server)
     asked_by_admin = cloud.admin.compute.create_server_image(server, f"{PREFIX}by-admin")
     cloud.clean_up.callback(cloud.delete_image, asked_by_admin.id)

@@ -119,9 +119,7 @@ def test_journaling(cloud: Cloud) -> None:
 def test_mirroring(cloud: Cloud) -> None:
     """Nor is a disk that is mirrored to another cluster."""
     cloud.configure()
-    server = cloud.stopped(cloud.boot())
-    with cloud.ceph.image(cloud.vms, f"{server.id}_disk") as disk:
-        disk.flatten()  # or its parent would have to be mirrored, too
+    server = cloud.stopped(cloud.boot_flat())  # a parent would have to be mirrored, too
     with cloud.ceph.pool(cloud.vms) as ioctx:
         rbd.RBD().mirror_mode_set(ioctx, rbd.RBD_MIRROR_MODE_IMAGE)
     cloud.clean_up.callback(cloud.ceph.stop_mirroring, cloud.vms, f"{server.id}_disk")
@@ -134,9 +132,7 @@ def test_mirroring(cloud: Cloud) -> None:
 def test_base_image_in_another_cluster(cloud: Cloud) -> None:
     """The base image's location names another cluster: its pool says nothing of ours, and the option is named."""
     cloud.configure()
-    server = cloud.boot()
-    with cloud.ceph.image(cloud.vms, f"{server.id}_disk") as disk:
-        disk.flatten()
+    server = cloud.boot_flat()
     reasons = ("neither a store nor the base image tells the pool", "[rbd_snap] glance_pool")
     with cloud.image_elsewhere("base"), copied(cloud, server, *reasons) as made:
         made.append(cloud.snapshot(server))

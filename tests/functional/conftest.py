@@ -14,18 +14,16 @@ from collections.abc import Iterator
 import pytest
 import rbd
 
+from tests import monitor
 from tests.fakes.glance_proxy import GlanceProxy
 from tests.functional.world import World
 
 
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:
-    """With a hurried monitor, for each snapshot waits for its next proposal."""
     with contextlib.ExitStack() as stack:
         world = World(stack)
-        mon = '{"prefix": "config %s", "who": "mon", "name": "paxos_propose_interval", "value": "0.1"}'
-        world.rados.mon_command(mon % "set", b"")
-        stack.callback(world.rados.mon_command, mon % "rm", b"")
+        stack.enter_context(monitor.hurried(world.rados))
         yield world
 
 

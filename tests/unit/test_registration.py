@@ -88,7 +88,7 @@ def test_not_found_by_somebody_else(service: FakeImageService) -> None:
     service.faults += [Fault("get", 404), Fault("schemas", 404)]
     with pytest.raises(errors.InDoubt):
         try_to_register(service)
-    assert service.records[IMAGE]["status"] != "deleted"
+    assert service.records[IMAGE]["asked"] == URL
 
 
 @pytest.mark.parametrize(
