@@ -72,11 +72,18 @@ OPTIONS = [
         help="Seconds without progress after which the cluster or Glance is taken not to answer. It bounds each "
         "single operation, never the length of a copy that moves.",
     ),
+    cfg.IntOpt(
+        "reclaim_interval",
+        default=60,
+        min=1,
+        help="Seconds between two looks at what earlier snapshots could not finish or undo, which is then ended. It "
+        "costs one read of the ledger.",
+    ),
     cfg.StrOpt(
         "auth_section",
         default="service_user",
         help="Section with the keystone credentials that are used where no user's token is at hand: to re-read "
-        "an image record after nova-compute died.",
+        "an image record, or delete it, after nova-compute died.",
     ),
 ]
 
@@ -101,7 +108,7 @@ class Settings:
     :ivar pool: Nova's pool, where the servers' disks and the ledger are.
     :ivar ceph_conf: path of the Ceph configuration file, empty for librados' own search.
     :ivar ceph_user: cephx user without ``client.``, None for librados' default.
-    :ivar operation_timeout: seconds.
+    :ivar operation_timeout: seconds, as *reclaim_interval*.
     """
 
     pool: str
@@ -111,6 +118,7 @@ class Settings:
     glance_data_pool: Optional[str]
     clone_format: int
     operation_timeout: int
+    reclaim_interval: int
     auth_section: str
 
     @classmethod
@@ -129,6 +137,7 @@ class Settings:
             glance_data_pool=ours.glance_data_pool,
             clone_format=ours.clone_format,
             operation_timeout=ours.operation_timeout,
+            reclaim_interval=ours.reclaim_interval,
             auth_section=ours.auth_section,
         )
 

@@ -6,6 +6,8 @@
     SnapError
     ├── Refused             this disk or destination cannot be cloned; nothing was changed
     ├── Cancelled           somebody asked for the work to stop: the server is being deleted, or the service ends
+    ├── GuestSilent         QEMU does not answer, and would be cut off from its disk by a snapshot
+    ├── NotQuiesced         the guest could not be held still, which its image requires
     ├── CephError           a librados or librbd call failed
     │   ├── Missing         pool, rbd image or snapshot does not exist (of a removal: says nothing, look again)
     │   ├── AlreadyThere    the thing to be made exists, and this call did not make it
@@ -82,6 +84,20 @@ class Refused(SnapError):
 class Cancelled(SnapError):
     """Somebody asked for the work to stop; what was done has been undone."""
 
+    may_fall_back = False
+
+
+class GuestSilent(SnapError):
+    """QEMU does not answer its monitor: a snapshot would take its disk's lock away, and cut the guest off from it."""
+
+    remedy = "find out why QEMU hangs"
+    may_fall_back = False
+
+
+class NotQuiesced(SnapError):
+    """The guest's file systems could not be held still for the snapshot, which its image requires."""
+
+    remedy = "see that qemu-guest-agent runs in the guest, or unset the image property os_require_quiesce"
     may_fall_back = False
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
@@ -62,3 +63,22 @@ class Location:
             raise ValueError(f"not an rbd location of four parts: {url!r}")
         fsid, pool, image, snap = parts
         return cls(fsid, ImageSpec(pool, image).snap(snap))
+
+
+_CLIENT = re.compile(r"(?:(?:v1|v2|any):)?((?:\[[0-9a-fA-F:]+\]|[0-9.]+):\d+/([1-9]\d*))")
+
+
+def client_address(text: str) -> str:
+    """The address of one librados client, as the blocklist takes it: ``192.0.2.1:0/3817``.
+
+    :param text: as librados gives it, perhaps as a list and with the messenger's version.
+    :raises ValueError: it names no single client. Without its nonce, or with nonce 0, an address means every client of
+        a machine, the guests among them (``docs/design/ceph.rst``).
+    """
+    first = text.strip()
+    if first.startswith("[v"):
+        first = first[1:-1].split(",")[0]
+    found = _CLIENT.fullmatch(first)
+    if found is None:
+        raise ValueError(f"{text!r} is not the address of one client: host:port/nonce")
+    return found[1]

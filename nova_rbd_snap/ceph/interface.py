@@ -22,12 +22,14 @@ class ImageInfo:
     """An rbd image as it stands.
 
     :ivar id: survives renames, and is what identifies the rbd image in the ledger.
+    :ivar created: seconds since the epoch.
     :ivar parent: the snapshot it is a clone of. A trashed snapshot carries a UUID instead of its own name.
     :ivar data_pool: pool of its data objects where that is not its own pool.
     """
 
     id: str
     size_bytes: int
+    created: float
     parent: Optional[SnapSpec]
     data_pool: Optional[str]
     deep_flatten: bool
@@ -40,11 +42,13 @@ class SnapInfo:
     """A snapshot as it stands.
 
     :ivar name: the name it was made with, also once it is trashed.
+    :ivar created: seconds since the epoch.
     :ivar trashed: removed, but kept by librbd while a clone depends on it.
     """
 
     id: int
     name: str
+    created: float
     protected: bool
     trashed: bool
 
@@ -56,10 +60,21 @@ class Cluster(Protocol):
         """The id of the cluster."""
 
     def address(self) -> str:
-        """This client's address with nonce: what fencing would blocklist."""
+        """This client's address with nonce, as :meth:`fence` takes it."""
+
+    def fence(self, address: str) -> None:
+        """Cut off the one client with this address for a day; when this returns nothing of it arrives any more.
+
+        Implements ``ceph osd blocklist add``.
+
+        :raises Refused: *address* is no single client's: blocklisting it would cut off every guest of a host.
+        """
 
     def has_pool(self, pool: str) -> bool:
         """Whether there is such a pool."""
+
+    def images(self, pool: str) -> list[str]:
+        """The names of all rbd images in *pool* but those in its trash."""
 
     def exists(self, image: ImageSpec) -> bool:
         """Whether the name is taken, be it by a half-made rbd image that cannot be opened."""
@@ -72,6 +87,9 @@ class Cluster(Protocol):
 
     def snaps(self, image: ImageSpec) -> list[SnapInfo]:
         """All snapshots, trashed ones included, oldest first. :raises Missing: no such rbd image."""
+
+    def children(self, image: ImageSpec, snap_id: int) -> list[ImageSpec]:
+        """The clones that depend on a snapshot, trashed or not. :raises Missing: no such snapshot."""
 
     def create_snap(self, snap: SnapSpec) -> int:
         """Freeze the rbd image now; returns the snapshot's id. About a second: a monitor's proposal.
@@ -120,6 +138,12 @@ class Cluster(Protocol):
         :raises Missing: the name is free.
         :raises HasSnapshots: it has snapshots.
         :raises Busy: it is open somewhere; a dead client counts for about 30 s.
+        """
+
+    def trash(self, image: ImageSpec) -> None:
+        """Move an rbd image to its pool's trash, whoever has it open; the name is free then.
+
+        :raises Missing: no such rbd image.
         """
 
     def omap_items(self, pool: str, name: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ must wait for a slow cluster, not get I/O errors from it.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 from collections.abc import Iterator
 from typing import Any, Optional
@@ -18,13 +19,20 @@ import rbd
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph import translate
 from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo
-from nova_rbd_snap.specs import ImageSpec, SnapSpec
+from nova_rbd_snap.specs import ImageSpec, SnapSpec, client_address
 
 _OMAP_PAGE = 1000
+#: Longer than anything that was frozen may be frozen and still be expected to wake.
+_FENCE_SECONDS = 24 * 3600
 
 
 def _translated(doing: str) -> contextlib.AbstractContextManager[None]:
     return translate.translated(doing, rados.Error, rbd.Error)
+
+
+def _seconds(moment: datetime.datetime) -> float:
+    """The bindings give UTC without saying so."""
+    return moment.replace(tzinfo=datetime.timezone.utc).timestamp()
 
 
 def _feature_bits(text: str) -> int:
@@ -81,11 +89,25 @@ class LibrbdCluster:
 
     def address(self) -> str:
         with _translated("ask for this client's address"):
-            return str(self._rados.get_addrs())
+            return client_address(self._rados.get_addrs())
+
+    def fence(self, address: str) -> None:
+        try:
+            client = client_address(address)
+        except ValueError as error:
+            raise errors.Refused(f"nobody is fenced: {error}") from error
+        with _translated(f"blocklist client {client}"):
+            self._rados.blocklist_add(client, _FENCE_SECONDS)
+            # What follows carries the new map, so no OSD serves it before it has heard.
+            self._rados.wait_for_latest_osdmap()
 
     def has_pool(self, pool: str) -> bool:
         with _translated(f"look up pool {pool}"):
             return bool(self._rados.pool_exists(pool))
+
+    def images(self, pool: str) -> list[str]:
+        with _translated(f"list pool {pool}"), self._pool(pool) as ioctx:
+            return [str(name) for name in rbd.RBD().list(ioctx)]
 
     def exists(self, image: ImageSpec) -> bool:
         with _translated(f"look for {image}"), self._pool(image.pool) as ioctx:
@@ -103,6 +125,7 @@ class LibrbdCluster:
             return ImageInfo(
                 id=opened.id(),
                 size_bytes=opened.size(),
+                created=_seconds(opened.create_timestamp()),
                 parent=self._parent(opened),
                 data_pool=self._data_pool(image.pool, opened),
                 deep_flatten=bool(features & rbd.RBD_FEATURE_DEEP_FLATTEN),
@@ -143,10 +166,16 @@ class LibrbdCluster:
         return SnapInfo(
             id=snap["id"],
             name=snap["trash"]["original_name"] if trashed else snap["name"],
+            created=_seconds(opened.get_snap_timestamp(snap["id"])),
             protected=snap["namespace"] == rbd.RBD_SNAP_NAMESPACE_TYPE_USER
             and opened.is_protected_snap(snap["name"]),
             trashed=trashed,
         )
+
+    def children(self, image: ImageSpec, snap_id: int) -> list[ImageSpec]:
+        with self._image(image, f"list the clones of snapshot {snap_id} of {image}", read_only=True) as opened:
+            opened.set_snap_by_id(snap_id)
+            return [ImageSpec(child["pool"], child["image"]) for child in opened.list_children2()]
 
     def create_snap(self, snap: SnapSpec) -> int:
         with self._image(snap.image, f"create snapshot {snap}") as opened:
@@ -210,6 +239,10 @@ class LibrbdCluster:
             if self.exists(image):
                 raise errors.CephError(f"remove {image}: librbd says not found, but it is still there") from error
             raise
+
+    def trash(self, image: ImageSpec) -> None:
+        with _translated(f"move {image} to the trash"), self._pool(image.pool) as ioctx:
+            rbd.RBD().trash_move(ioctx, image.name, 0)
 
     def omap_items(self, pool: str, name: str) -> dict[str, str]:
         found: dict[str, str] = {}

@@ -4,19 +4,21 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import signal
 import socket
 import sys
 import threading
 from types import FrameType
-from typing import Optional
+from typing import Any, Optional
 
 from nova_rbd_snap import conf, errors
 from nova_rbd_snap.ceph.interface import Cluster
 from nova_rbd_snap.engine import wire
 from nova_rbd_snap.engine.server import LogToParent, Server
 from nova_rbd_snap.engine.service import Engine
+from nova_rbd_snap.ledger.job import Owner
 
 
 def _connect(settings: conf.Settings) -> Cluster:
@@ -48,18 +50,19 @@ def _build(server: Server, config: list[str]) -> Engine:
     nova_conf = conf.load(config)
     settings = conf.Settings.read(nova_conf)
 
-    def registered(image_id: str, url: str) -> Optional[bool]:
-        from nova_rbd_snap.openstack import keystone, registration
+    def glance() -> Any:
+        from nova_rbd_snap.openstack import keystone
 
-        glance = keystone.glance_as_service(nova_conf, settings)
-        return registration.settle(glance, image_id, url, timeout_seconds=settings.operation_timeout)
+        return keystone.glance_as_service(nova_conf, settings)
+
+    from nova_rbd_snap.openstack import registration
 
     return Engine(
         settings,
-        host=hello["host"],
-        machine=hello["machine"],
+        functools.partial(Owner, hello["host"], hello["machine"], hello["incarnation"]),
+        held=hello["held"],
         connect=lambda: _connect(settings),
-        registered=registered,
+        images=registration.Images(glance, settings.operation_timeout),
     )
 
 
@@ -91,6 +94,7 @@ def main() -> None:
     # Ctrl-C reaches the whole process group; nova-compute ends, and the end of the socket ends this one in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     server.send({"version": wire.VERSION})
+    threading.Thread(target=engine.keep_reclaiming, name="reclaim", daemon=True).start()
     server.serve(engine)
 
 

@@ -17,7 +17,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
 from nova_rbd_snap import errors
@@ -56,7 +57,8 @@ class _Process:
         self._waiting: dict[int, queue.Queue[Optional[dict[str, Any]]]] = {}
         self.alive = True
         self._greet(hello)
-        threading.Thread(target=self._read, name="nova-rbd-snap", daemon=True).start()
+        self._reader = threading.Thread(target=self._read, name="nova-rbd-snap", daemon=True)
+        self._reader.start()
 
     def _greet(self, hello: dict[str, Any]) -> None:
         answer: Optional[dict[str, Any]] = None
@@ -98,6 +100,10 @@ class _Process:
         self._socket.close()
         code = self._process.wait()
         LOG.info("The engine (process %d) ended with code %d", self.pid, code)
+
+    def wait(self) -> None:
+        """Return when the process has ended."""
+        self._reader.join()
 
     def end(self) -> None:
         """End the process now; what it was doing is in the ledger."""
@@ -172,7 +178,9 @@ class EngineClient:
         :param command: what to run; ``--fd`` and the socket's number are added after *arguments*.
         """
         self._command = (*command, *arguments)
-        self._hello = {"version": wire.VERSION, "host": host, "machine": machine}
+        self._hello = {"version": wire.VERSION, "host": host, "machine": machine, "incarnation": str(uuid.uuid4())}
+        # What an engine must not end by itself: we have asked for it, and still have the say about it.
+        self._held: set[str] = set()
         self._patience = patience_seconds
         self._starting = threading.Lock()
         self._process: Optional[_Process] = None
@@ -186,20 +194,64 @@ class EngineClient:
     def describe(self, disk: str) -> dict[str, Any]:
         return dict(self._call("describe", disk=disk))
 
-    def clone(self, image_id: str, disk: str, dest_pool: str, report: Report) -> str:
-        return str(self._call("clone", report, image_id=image_id, disk=disk, dest_pool=dest_pool))
+    def reserve_clone(self, image_id: str, disk: str, dest_pool: str) -> str:
+        with self._holding(image_id):
+            return str(self._call("reserve_clone", image_id=image_id, disk=disk, dest_pool=dest_pool))
 
-    def freeze(self, job_id: str, disk: str, report: Report) -> str:
-        return str(self._call("freeze", report, job_id=job_id, disk=disk))
+    def reserve_freeze(self, job_id: str, disk: str) -> str:
+        with self._holding(job_id):
+            return str(self._call("reserve_freeze", job_id=job_id, disk=disk))
+
+    def perform(self, job_id: str, snap_seconds: Optional[float], report: Report) -> None:
+        with self._holding(job_id):
+            self._call("perform", report, job_id=job_id, snap_seconds=snap_seconds)
 
     def finish(self, image_id: str) -> None:
-        self._call("finish", image_id=image_id)
+        with self._leaving(image_id):
+            self._call("finish", image_id=image_id)
 
     def rollback(self, job_id: str) -> bool:
-        return bool(self._call("rollback", job_id=job_id))
+        with self._leaving(job_id):
+            return bool(self._call("rollback", job_id=job_id))
+
+    def leave(self, job_id: str) -> None:
+        with self._leaving(job_id):
+            self._call("leave", job_id=job_id)
 
     def cancel(self, server: str) -> list[str]:
         return list(self._call("cancel", server=server))
+
+    def remove_disks(self, server: str) -> list[str]:
+        return list(self._call("remove_disks", server=server))
+
+    @contextlib.contextmanager
+    def _holding(self, job_id: str) -> Iterator[None]:
+        """A call after which we have the say about the job, unless the engine refused it."""
+        self._held.add(job_id)
+        try:
+            yield
+        except errors.EngineLost:
+            raise  # what it did is to be rolled back
+        except errors.SnapError:
+            self._held.discard(job_id)
+            raise
+
+    @contextlib.contextmanager
+    def _leaving(self, job_id: str) -> Iterator[None]:
+        """A call after which the job is the engines', however it ends."""
+        try:
+            yield
+        finally:
+            self._held.discard(job_id)
+
+    def keep_running(self) -> None:
+        """See that there is an engine, for the rest of this process's life: it has work that nobody calls for."""
+        while True:
+            try:
+                self._running().wait()
+            except errors.EngineUnavailable as error:
+                LOG.warning("%s", error)
+                time.sleep(_BACK_OFF_SECONDS[1])
 
     @property
     def pid(self) -> Optional[int]:
@@ -230,6 +282,6 @@ class EngineClient:
             time.sleep(wait)
         self._retry_at = time.monotonic() + self._delay
         self._delay = min(2 * self._delay, _BACK_OFF_SECONDS[1])
-        process = _Process(self._command, self._hello)
+        process = _Process(self._command, {**self._hello, "held": sorted(self._held)})
         LOG.info("Started the engine (process %d)", process.pid)
         return process

@@ -38,11 +38,14 @@ _REPORT_SECONDS = 1.0
 _CALLS = {
     "check": False,
     "describe": False,
-    "clone": True,
-    "freeze": True,
+    "reserve_clone": False,
+    "reserve_freeze": False,
+    "perform": True,
     "finish": False,
     "rollback": True,
+    "leave": False,
     "cancel": True,
+    "remove_disks": True,
 }
 
 

@@ -10,28 +10,37 @@ import contextlib
 import logging
 import threading
 import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Callable, Optional, TypeVar
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster, ImageInfo
 from nova_rbd_snap.conf import Settings
 from nova_rbd_snap.engine import Report
+from nova_rbd_snap.janitor import disks, jobs
 from nova_rbd_snap.ledger.job import CLONE, FREEZE, Job, Owner
 from nova_rbd_snap.ledger.store import OBJECT, Ledger
 from nova_rbd_snap.snapshot import saga, steps
-from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, Location
+from nova_rbd_snap.specs import ImageSpec
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
-#: Whether Glance's record of an image points at a location: True, False, or None where that cannot be known.
-Registered = Callable[[str, str], Optional[bool]]
-
-
 def _unheard(step: str, done: int, total: int) -> None:
     """For calls whose progress nobody follows."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A job at work in this engine.
+
+    :ivar disk: name of the disk, where the work can be cancelled.
+    :ivar cancelled: set once it shall stop.
+    """
+
+    disk: Optional[str] = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
 
 
 class Engine:
@@ -40,31 +49,32 @@ class Engine:
     def __init__(
         self,
         settings: Settings,
+        owner: Callable[[str], Owner],
         *,
-        host: str,
-        machine: str,
+        held: Iterable[str] = (),
         connect: Callable[[], Cluster],
-        registered: Registered,
+        images: jobs.Images,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """
-        :param host: see :class:`nova_rbd_snap.ledger.job.Owner`, as *machine*.
+        :param owner: the owner of this engine's jobs, given the address of its client.
+        :param held: ids of the jobs that an earlier engine did for the same nova-compute, which still has the say about.
         :param connect: makes a new connection to the cluster.
-        :param registered: asks Glance with the service's own credentials.
+        :param images: Glance, asked with the service's own credentials.
         """
         self._settings = settings
-        self._host = host
-        self._machine = machine
-        self._incarnation = str(uuid.uuid4())
+        self._owner = owner
         self._connect = connect
-        self._registered = registered
+        self._images = images
         self._clock = clock
         self._state = threading.Condition()
         self._connecting = threading.Lock()
         self._cluster: Optional[Cluster] = None
-        # Jobs at work here, with the event that cancels them; and jobs that await nova-compute's finish or rollback.
-        self._running: dict[str, tuple[ImageSpec, threading.Event]] = {}
-        self._ready: set[str] = set()
+        self._busy: dict[str, Work] = {}
+        # Jobs that nova-compute has the say about: it has asked for them, and has not said finish, rollback or leave.
+        self._held = set(held)
+        self._fenced: set[str] = set()
+        self._told: dict[str, str] = {}
         self._stopping = False
 
     # -- calls ---------------------------------------------------------------------------------------------------
@@ -107,14 +117,14 @@ class Engine:
             "parent_pool": info.parent.image.pool if info.parent else None,
         }
 
-    def clone(self, image_id: str, disk: str, dest_pool: str, report: Report) -> str:
-        """Clone the server's disk into Glance's pool as *image_id*, ready to be registered.
+    def reserve_clone(self, image_id: str, disk: str, dest_pool: str) -> str:
+        """Write down that the server's disk is to be cloned into Glance's pool as *image_id*; :meth:`perform` does it.
 
-        What becomes of it is then said by :meth:`finish` or :meth:`rollback`.
+        From now on nova-compute has the say about the job, until :meth:`perform` fails, or it says :meth:`finish`,
+        :meth:`rollback` or :meth:`leave`.
 
         :returns: the location's URL.
         :raises errors.Refused: the disk or the destination cannot be cloned; nothing was changed.
-        :raises errors.SnapError: a step failed, and all was undone (``undo_failures`` says what could not be).
         """
         source, dest = ImageSpec(self._settings.pool, disk), ImageSpec(dest_pool, image_id)
         with self._connection() as cluster:
@@ -128,87 +138,173 @@ class Engine:
             if cluster.exists(dest):
                 raise errors.AlreadyThere(f"{dest} exists already and is left alone")
             data_pool = self._data_pool(cluster, dest, info)
-            job = self._job(cluster, image_id, CLONE, source, dest=dest, data_pool=data_pool)
-            location = self._location(cluster, job)  # asked first: once the job is ready nothing may fail
-            self._perform(cluster, job, report)
-            return location
+            job = self._reserve(cluster, image_id, CLONE, source, dest=dest, data_pool=data_pool)
+            return jobs.location(job, self._run(cluster))
 
-    def freeze(self, job_id: str, disk: str, report: Report) -> str:
-        """Take a snapshot of the server's disk for a full copy to read; :meth:`rollback` removes it.
+    def reserve_freeze(self, job_id: str, disk: str) -> str:
+        """Write down that a snapshot of the server's disk is to be taken, for a full copy to read.
+
+        As :meth:`reserve_clone`; :meth:`rollback` removes the snapshot.
 
         :returns: the snapshot's name.
-        :raises errors.SnapError: as :meth:`clone`.
         """
-        source = ImageSpec(self._settings.pool, disk)
         with self._connection() as cluster:
-            job = self._job(cluster, job_id, FREEZE, source)
-            return self._perform(cluster, job, report).snap.name
+            return self._reserve(cluster, job_id, FREEZE, ImageSpec(self._settings.pool, disk)).snap.name
+
+    def perform(self, job_id: str, snap_seconds: Optional[float], report: Report) -> None:
+        """Do what was reserved. What becomes of it is then said by :meth:`finish`, :meth:`rollback` or :meth:`leave`.
+
+        :param snap_seconds: the snapshot is of no use if it takes longer; None for one that always is.
+        :raises errors.SnapError: a step failed, and all was undone (``undo_failures`` says what could not be).
+        """
+        deadline = None if snap_seconds is None else time.monotonic() + snap_seconds
+        try:
+            with self._connection() as cluster:
+                ledger = self._ledger(cluster)
+                job = ledger.load(job_id)
+                with self._at_work(job_id, job.disk.name) as work:
+                    run = saga.Run(
+                        cluster,
+                        report,
+                        cancelled=lambda: self._stopping or work.cancelled.is_set() or job_id not in self._held,
+                        too_late=lambda: deadline is not None and time.monotonic() > deadline,
+                    )
+                    self._perform(job, ledger, run)
+        except errors.NoRecord as error:
+            raise errors.Cancelled(f"job {job_id} was given up before it began") from error
+        except BaseException:
+            self.leave(job_id)
+            raise
+
+    def _perform(self, job: Job, ledger: Ledger, run: saga.Run) -> None:
+        try:
+            saga.perform(job, steps.sequence(job), steps.READY, ledger, run)
+        except errors.Blocklisted as error:
+            if error.undo_failures:
+                self._undo_anew(job.id, error)
+            raise
 
     def finish(self, image_id: str) -> None:
         """The image is registered and active: nothing but its job is left to remove."""
-        with self._connection() as cluster:
+        with self._leaving(image_id), self._connection() as cluster:
             ledger = self._ledger(cluster)
             ledger.forget(self._adopt(ledger.load(image_id), cluster))
-        self._no_longer_ready(image_id)
 
     def rollback(self, job_id: str, report: Report = _unheard) -> bool:
-        """Undo all of the job, whoever of this nova-compute's engines did it; False where there is no such job.
+        """Undo all of the job, whichever engine of this nova-compute did it; False where there is no such job.
 
         Never call it for an image that Glance may hold: it removes the rbd image.
 
-        :raises errors.SnapError: something could not be undone; the record says what.
+        :raises errors.SnapError: something could not be undone; the record says what, and it is tried again later.
         """
-        with self._connection() as cluster:
-            try:
-                job = self._adopt(self._ledger(cluster).load(job_id), cluster)
-            except errors.NoRecord:
-                self._no_longer_ready(job_id)
-                return False
-            failures = saga.undo(job, steps.started(job), self._ledger(cluster), self._run(cluster, report))
-            if failures:
-                error = errors.SnapError(f"job {job_id} could not be undone")
-                error.undo_failures = failures
-                raise error
-        self._no_longer_ready(job_id)
-        return True
+        with self._leaving(job_id):
+            return self._rollback(job_id, report)
+
+    def leave(self, job_id: str) -> None:
+        """nova-compute does nothing more about the job: it is ended by what Glance's record comes to say."""
+        with self._state:
+            self._held.discard(job_id)
+            self._state.notify_all()
 
     def cancel(self, server: str, report: Report = _unheard) -> list[str]:
         """Stop what is under way on the disks of a server that is being deleted, and undo it.
 
-        So is what an earlier attempt could not undo. A clone that awaits its registration needs the disk no more.
+        So is what an earlier attempt could not undo, and what another host left, whose client is fenced first: the
+        server is here now. A clone that awaits its registration needs the disk no more.
 
         :param server: uuid, which the names of the disks begin with.
         :returns: ids of the jobs that are undone.
         """
         with self._state:
-            running = [job_id for job_id, (disk, _) in self._running.items() if disk.name.startswith(server)]
+            running = [job_id for job_id, work in self._busy.items() if work.disk and work.disk.startswith(server)]
             for job_id in running:
-                self._running[job_id][1].set()
-            self._state.wait_for(
-                lambda: not self._running.keys() & running, timeout=self._settings.operation_timeout
-            )
-            busy = self._running.keys() & running
+                self._busy[job_id].cancelled.set()
+            self._state.wait_for(lambda: not self._busy.keys() & running, timeout=self._settings.operation_timeout)
+            busy = self._busy.keys() & running
         for job_id in busy:
             LOG.warning("Job %s does not stop; it will be undone, but its server's disk may outlive the server", job_id)
         report("cancel", 0, 0)
         undone, failure = set(running) - busy, None
-        for job in self._ask(lambda cluster: self._ledger(cluster).jobs()):
+        for job in self._ask(lambda cluster: self._ledger(cluster).read()).jobs:
             if not job.disk.name.startswith(server) or job.id in busy or (job.kind, job.step) == (CLONE, steps.READY):
                 continue
-            if not self._is_mine(job):
-                LOG.warning(
-                    "Job %s of %s (%s) stays, and may keep %s from being deleted", job.id, job.owner.host,
-                    job.owner.machine, job.disk,
-                )
-                continue
             try:
-                self.rollback(job.id, report)
+                self._give_up(job.id, report)
                 undone.add(job.id)
+            except (errors.NoRecord, errors.InDoubt):
+                continue  # gone, or left to :meth:`reclaim`: what it needs to know is not worth a wait
             except errors.SnapError as error:  # another job may fare better
                 failure = error
         if failure is not None:
             raise failure
         return sorted(undone)
+
+    def _give_up(self, job_id: str, report: Report) -> None:
+        is_held = job_id in self._held
+        with self._leaving(job_id), self._connection() as cluster:
+            ledger, run = self._ledger(cluster), self._run(cluster, report)
+            job = self._take_over(ledger.load(job_id), cluster)
+            if is_held:
+                jobs.undo(job, ledger, run)
+            else:
+                jobs.conclude(job, ledger, run, jobs.Unasked())
+
+    def remove_disks(self, server: str, report: Report = _unheard) -> list[str]:
+        """Remove the disks of a server that is being deleted, with the snapshots that we and stock Nova left on them.
+
+        :returns: what is left of them and why, as sentences.
+        """
+        with self._connection() as cluster:
+            return disks.remove_all(self._settings.pool, server, self._run(cluster, report))
+
+    # -- what earlier work left ----------------------------------------------------------------------------------
+
+    def reclaim(self) -> None:
+        """End the jobs of this nova-compute, and of its earlier lives, that nobody has the say about any more.
+
+        Those of others, and those in doubt, stay. Nothing is raised: what stays is told to the log, once.
+        """
+        try:
+            found = self._ask(lambda cluster: self._ledger(cluster).read())
+        except Exception as error:
+            self._tell("the ledger", f"it cannot be read, so nothing is reclaimed: {errors.known(error).report()}")
+            return
+        self._told.pop("the ledger", None)
+        for key, text in found.strange.items():
+            self._tell(f"record {key}", f"left alone: {text}")
+        # A frozen snapshot needs no word of Glance's, which may keep us waiting.
+        for job in sorted(found.jobs, key=lambda job: job.kind == CLONE):
+            self._reclaim(job.id)
+
+    def keep_reclaiming(self) -> None:
+        """:meth:`reclaim` now and again until the engine is stopped, so that what heals is cleared away by itself."""
+        while not self._stopping:
+            self.reclaim()
+            with self._state:
+                self._state.wait_for(lambda: self._stopping, self._settings.reclaim_interval)
+
+    def _reclaim(self, job_id: str) -> None:
+        try:
+            if job_id in self._held:  # else its work would be waited for
+                return
+            with self._at_work(job_id), self._connection() as cluster:
+                ledger = self._ledger(cluster)
+                job = ledger.load(job_id)
+                if self._stopping or job_id in self._held or not self._is_mine(job):
+                    return
+                jobs.conclude(self._take_over(job, cluster), ledger, self._run(cluster), self._images)
+        except errors.NoRecord:
+            return
+        except Exception as error:  # the next job may fare better
+            self._tell(f"job {job_id}", f"stays in the ledger: {errors.known(error).report()}")
+        else:
+            self._told.pop(f"job {job_id}", None)
+            LOG.info("Job %s, left by earlier work, is ended", job_id)
+
+    def _tell(self, what: str, text: str) -> None:
+        if self._told.get(what) != text:
+            LOG.warning("%s: %s", what.capitalize(), text)
+        self._told[what] = text
 
     # -- the engine's own end ------------------------------------------------------------------------------------
 
@@ -216,43 +312,32 @@ class Engine:
         """Take no more work, cancel what runs, and wait until it is undone."""
         with self._state:
             self._stopping = True
-            for _, cancelled in self._running.values():
-                cancelled.set()
-            self._state.wait_for(lambda: not self._running)
+            for work in self._busy.values():
+                work.cancelled.set()
+            self._state.notify_all()
+            self._state.wait_for(lambda: not self._busy)
 
     def wait_until_idle(self, timeout_seconds: float) -> bool:
         """Wait until nova-compute has finished or rolled back all that is ready for it; False if it has not."""
         with self._state:
-            return self._state.wait_for(lambda: not self._running and not self._ready, timeout_seconds)
+            return self._state.wait_for(lambda: not self._busy and not self._held, timeout_seconds)
 
     def settle(self) -> None:
-        """nova-compute is gone: finish or undo what this engine had ready for it, as far as that can be known."""
-        for job_id in sorted(self._ready):
+        """nova-compute is gone: end what it had the say about, as far as that can be known.
+
+        Not what another engine has taken over meanwhile: there is a new nova-compute, and it knows better.
+        """
+        for job_id in sorted(self._held):
             try:
                 with self._connection() as cluster:
-                    self._settle(cluster, self._ledger(cluster).load(job_id))
+                    job = self._ledger(cluster).load(job_id)
+                    if self._is_of_this_life(job):
+                        job = self._ledger(cluster).advance(self._take_over(job, cluster), orphaned=True)
+                        jobs.conclude(job, self._ledger(cluster), self._run(cluster), self._images)
+            except errors.NoRecord:
+                continue
             except Exception as error:  # the next job may fare better
                 LOG.warning("Job %s stays in the ledger: %s", job_id, errors.known(error).report())
-
-    def _settle(self, cluster: Cluster, job: Job) -> None:
-        registered = False if job.kind == FREEZE else self._registered(job.id, self._location(cluster, job))
-        if registered is None:
-            LOG.warning("Job %s stays in the ledger: whether Glance uses %s is not known", job.id, job.dest)
-        elif registered:
-            self.finish(job.id)
-        else:
-            self.rollback(job.id)
-
-    def _undo_anew(self, job_id: str, error: errors.Blocklisted) -> None:
-        """Undo on a new connection what could not be undone on one that was cut off."""
-        with self._connecting:
-            self._cluster = None
-        try:
-            self.rollback(job_id)
-        except errors.SnapError as failure:
-            error.undo_failures = failure.undo_failures or [str(failure)]
-        else:
-            error.undo_failures = []
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
@@ -283,24 +368,105 @@ class Engine:
     def _ledger(self, cluster: Cluster) -> Ledger:
         return Ledger(cluster, self._settings.pool)
 
-    def _owner(self, cluster: Cluster) -> Owner:
-        return Owner(self._host, self._machine, self._incarnation, cluster.address())
+    def _run(self, cluster: Cluster, report: Report = _unheard) -> saga.Run:
+        return saga.Run(cluster, report)
+
+    @contextlib.contextmanager
+    def _at_work(self, job_id: str, disk: Optional[str] = None) -> Iterator[Work]:
+        """Within the block nobody else of this engine works on the job; whoever does is waited for.
+
+        :param disk: of work that can be cancelled.
+        :raises errors.LedgerConflict: they do not come to an end.
+        """
+        work = Work(disk)
+        with self._state:
+            if not self._state.wait_for(lambda: job_id not in self._busy, self._settings.operation_timeout):
+                raise errors.LedgerConflict(f"job {job_id} is at work, and does not stop")
+            self._busy[job_id] = work
+        try:
+            yield work
+        finally:
+            with self._state:
+                del self._busy[job_id]
+                self._state.notify_all()
+
+    @contextlib.contextmanager
+    def _leaving(self, job_id: str) -> Iterator[None]:
+        """Work on a job after which nova-compute has no say about it any more, however it ends."""
+        try:
+            with self._at_work(job_id):
+                yield
+        finally:
+            self.leave(job_id)
+
+    def _reserve(self, cluster: Cluster, job_id: str, kind: str, disk: ImageSpec, **more: Any) -> Job:
+        job = Job(
+            id=job_id,
+            kind=kind,
+            owner=self._owner(cluster.address()),
+            created=self._clock(),
+            disk=disk,
+            clone_format=self._settings.clone_format,
+            step=steps.Snap.name,
+            **more,
+        )
+        with self._state:
+            if self._stopping:
+                raise errors.Cancelled("the engine is being stopped")
+            if job_id in self._held:
+                raise errors.LedgerConflict(f"job {job_id} is under way already")
+            self._held.add(job_id)
+        try:
+            return self._ledger(cluster).reserve(job)
+        except errors.SnapError as error:
+            self.leave(job_id)
+            error.step = "reserve"
+            raise
+
+    def _rollback(self, job_id: str, report: Report = _unheard) -> bool:
+        with self._connection() as cluster:
+            ledger = self._ledger(cluster)
+            try:
+                job = self._adopt(ledger.load(job_id), cluster)
+            except errors.NoRecord:
+                return False
+            jobs.undo(job, ledger, self._run(cluster, report))
+        return True
+
+    def _undo_anew(self, job_id: str, error: errors.Blocklisted) -> None:
+        """Undo on a new connection what could not be undone on one that was cut off."""
+        with self._connecting:
+            self._cluster = None
+        try:
+            self._rollback(job_id)
+        except errors.SnapError as failure:
+            error.undo_failures = failure.undo_failures or [str(failure)]
+        else:
+            error.undo_failures = []
 
     def _is_mine(self, job: Job) -> bool:
-        return (job.owner.host, job.owner.machine) == (self._host, self._machine)
+        us = self._owner(job.owner.client)
+        return (job.owner.host, job.owner.machine) == (us.host, us.machine)
+
+    def _is_of_this_life(self, job: Job) -> bool:
+        return job.owner == self._owner(job.owner.client)
 
     def _adopt(self, job: Job, cluster: Cluster) -> Job:
-        """Take over a job of an earlier engine of this nova-compute; the ledger then refuses that engine's writes."""
-        if not self._is_mine(job):
+        """Take over a job of an earlier engine of this nova-compute, and of no one else's."""
+        if not self._is_of_this_life(job):
             raise errors.LedgerConflict(f"job {job.id} belongs to {job.owner.host} ({job.owner.machine})")
-        if job.owner.incarnation == self._incarnation:
-            return job
-        return self._ledger(cluster).advance(job, owner=self._owner(cluster))
+        return self._take_over(job, cluster)
 
-    def _location(self, cluster: Cluster, job: Job) -> str:
-        if job.dest is None:
-            raise errors.LedgerError(f"job {job.id} makes no image")
-        return Location(cluster.fsid(), job.dest.snap(GLANCE_SNAP)).url
+    def _take_over(self, job: Job, cluster: Cluster) -> Job:
+        """Make the job ours: exactly the client that worked on it is cut off, then the ledger refuses its writes."""
+        us = self._owner(cluster.address())
+        if job.owner == us:
+            return job
+        if job.owner.client not in self._fenced:
+            cluster.fence(job.owner.client)
+            self._fenced.add(job.owner.client)
+        orphaned = job.orphaned or not self._is_of_this_life(job)
+        return self._ledger(cluster).advance(job, owner=us, orphaned=orphaned)
 
     def _data_pool(self, cluster: Cluster, dest: ImageSpec, disk: ImageInfo) -> Optional[str]:
         if self._settings.glance_data_pool:
@@ -309,49 +475,6 @@ class Engine:
             with contextlib.suppress(errors.Missing):  # Glance may have moved the base image to the trash
                 return cluster.lookup(disk.parent.image).data_pool
         return cluster.usual_data_pool(dest.pool)
-
-    def _job(self, cluster: Cluster, job_id: str, kind: str, disk: ImageSpec, **more: Any) -> Job:
-        return Job(
-            id=job_id,
-            kind=kind,
-            owner=self._owner(cluster),
-            created=self._clock(),
-            disk=disk,
-            clone_format=self._settings.clone_format,
-            step=steps.Snap.name,
-            **more,
-        )
-
-    def _no_longer_ready(self, job_id: str) -> None:
-        with self._state:
-            self._ready.discard(job_id)
-            self._state.notify_all()
-
-    def _run(self, cluster: Cluster, report: Report = _unheard) -> saga.Run:
-        return saga.Run(cluster, report, cancelled=lambda: False)
-
-    def _perform(self, cluster: Cluster, job: Job, report: Report) -> Job:
-        cancelled = threading.Event()
-        with self._state:
-            if self._stopping:
-                raise errors.Cancelled("the engine is being stopped")
-            if job.id in self._running:
-                raise errors.LedgerConflict(f"job {job.id} is under way already")
-            self._running[job.id] = (job.disk, cancelled)
-        try:
-            sequence, ledger = steps.sequence(job), self._ledger(cluster)
-            run = saga.Run(cluster, report, cancelled.is_set)
-            job = saga.perform(job, sequence, steps.READY, ledger, run)
-            self._ready.add(job.id)
-        except errors.Blocklisted as error:
-            if error.undo_failures:
-                self._undo_anew(job.id, error)
-            raise
-        finally:
-            with self._state:
-                del self._running[job.id]
-                self._state.notify_all()
-        return job
 
 
 def _refuse_uncloneable(disk: ImageSpec, info: ImageInfo) -> None:

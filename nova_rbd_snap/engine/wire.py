@@ -2,7 +2,8 @@
 """What travels between nova-compute and its engine: JSON objects, each after its length as four bytes.
 
 To the engine
-    ``{"version", "host", "machine"}`` first, then ``{"id", "call", "arguments"}`` for each call.
+    ``{"version", "host", "machine", "incarnation", "held"}`` first (``held``: ids of the jobs that nova-compute has the
+    say about), then ``{"id", "call", "arguments"}`` for each call.
 From the engine
     ``{"version"}`` first, or ``{"error"}`` when it cannot work; then for each call any number of ``{"id", "report"}``
     and one ``{"id", "result"}`` or ``{"id", "error"}``; and ``{"log": [level, logger, text]}`` at any time.

@@ -5,17 +5,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from nova_rbd_snap.specs import ImageSpec, SnapSpec
+from nova_rbd_snap.specs import ImageSpec, SnapSpec, client_address
 
 #: Version of the record's format. A record of a newer one is kept and never touched.
 VERSION = 1
 
+_UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+
 #: Kinds of job: a clone that becomes a Glance image; a frozen snapshot that Nova's full copy reads.
 CLONE = "clone"
 FREEZE = "freeze"
+
+#: What the names of our snapshots of disks begin with.
+SNAP_PREFIX = "nova-rbd-snap-"
+
+#: What an id of each kind looks like, the Glance image's id being the group: a clone bears it as its name, so a record
+#: can name nothing for removal that is not named like an image; and what a server's disk looks like.
+_IDS = {CLONE: re.compile(f"({_UUID})"), FREEZE: re.compile(f"({_UUID})-copy")}
+_DISK = re.compile(f"{_UUID}_[^/@]+")
+
+
+def copy_id(image_id: str) -> str:
+    """Id of the freeze that a full copy to the image *image_id* reads."""
+    return f"{image_id}-copy"
 
 
 @dataclass(frozen=True)
@@ -24,7 +40,7 @@ class Owner:
 
     :ivar host: [DEFAULT] host of nova-compute.
     :ivar machine: id of the machine (Nova's compute id where it has one), since two clouds may share a host name.
-    :ivar incarnation: id of the engine process.
+    :ivar incarnation: id of one life of nova-compute, shared by the engines it starts.
     :ivar client: address with nonce of the engine's librados client, for fencing exactly this client.
     """
 
@@ -45,6 +61,7 @@ class Job:
     :ivar snap_id: id of the snapshot of the disk, once known.
     :ivar dest: the clone, also the Glance image's name in Glance's pool. None for a freeze.
     :ivar dest_id: id of the clone. Only set when ``clone`` returned, so the link to the parent was whole.
+    :ivar orphaned: the nova-compute that was asked for the image is no more, so nobody else looks after its record.
     :ivar failures: what could not be undone, for people.
     """
 
@@ -59,13 +76,20 @@ class Job:
     data_pool: Optional[str] = None
     snap_id: Optional[int] = None
     dest_id: Optional[str] = None
+    orphaned: bool = False
     failures: tuple[str, ...] = ()
     generation: int = 0
 
     @property
+    def image_id(self) -> str:
+        """Id of the Glance image that was asked for."""
+        found = _IDS[self.kind].fullmatch(self.id)
+        return found[1] if found else self.id
+
+    @property
     def snap(self) -> SnapSpec:
         """The snapshot of the disk; named after the job, so that it is recognised without the ledger."""
-        return self.disk.snap(f"nova-rbd-snap-{self.id}")
+        return self.disk.snap(f"{SNAP_PREFIX}{self.id}")
 
     def encode(self) -> str:
         """The record as text."""
@@ -75,7 +99,7 @@ class Job:
     def decode(cls, text: str) -> Job:
         """The job that *text* records.
 
-        :raises ValueError: not a record, or one of a newer version.
+        :raises ValueError: not a record, one of a newer version, or one that asks for what no job does.
         """
         try:
             data: dict[str, Any] = json.loads(text)
@@ -86,6 +110,44 @@ class Job:
             data["disk"] = ImageSpec(**data["disk"])
             data["dest"] = ImageSpec(**data["dest"]) if data["dest"] else None
             data["failures"] = tuple(data["failures"])
-            return cls(**data)
+            job = cls(**data)
+            job._validate()
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a record of the ledger: {error!r}") from error
+        return job
+
+    def _validate(self) -> None:
+        """Anybody who may write to the pool may have written the record; what it names is removed on its word.
+
+        :raises ValueError: it names what no job of ours names.
+        """
+        for name, value, kind in (
+            ("id", self.id, str),
+            ("step", self.step, str),
+            ("host", self.owner.host, str),
+            ("machine", self.owner.machine, str),
+            ("incarnation", self.owner.incarnation, str),
+            ("pool", self.disk.pool, str),
+            ("disk", self.disk.name, str),
+            ("generation", self.generation, int),
+            ("created", self.created, (int, float)),
+            ("orphaned", self.orphaned, bool),
+            ("snap_id", self.snap_id, (int, type(None))),
+            ("dest_id", self.dest_id, (str, type(None))),
+            ("data_pool", self.data_pool, (str, type(None))),
+        ):
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} is {value!r}")
+        if self.kind not in _IDS or self.clone_format not in (1, 2):
+            raise ValueError(f"kind {self.kind!r} in format {self.clone_format!r}")
+        if not _IDS[self.kind].fullmatch(self.id):
+            raise ValueError(f"{self.id!r} is no id of a {self.kind}")
+        if not _DISK.fullmatch(self.disk.name):
+            raise ValueError(f"{self.disk} is no server's disk")
+        if (self.kind == CLONE) != (self.dest is not None):
+            raise ValueError(f"a {self.kind} to {self.dest}")
+        if self.dest is not None and (self.dest.name != self.id or not isinstance(self.dest.pool, str)):
+            raise ValueError(f"{self.dest} is not named like image {self.id}")
+        if not all(isinstance(failure, str) for failure in self.failures):
+            raise ValueError(f"failures are {self.failures!r}")
+        client_address(self.owner.client)

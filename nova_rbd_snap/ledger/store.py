@@ -8,17 +8,27 @@ of winning. Nothing is changed in a pool before its intent is written here.
 from __future__ import annotations
 
 import dataclasses
-import logging
+from dataclasses import dataclass
 from typing import Any
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster
 from nova_rbd_snap.ledger.job import Job
 
-LOG = logging.getLogger(__name__)
-
 #: Name of the RADOS object.
 OBJECT = "nova_rbd_snap.ledger"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a ledger holds.
+
+    :ivar jobs: those that this release can read, oldest first.
+    :ivar strange: key to what is wrong with its record; such are never touched, and in nobody's way.
+    """
+
+    jobs: list[Job]
+    strange: dict[str, str]
 
 
 class Ledger:
@@ -63,17 +73,23 @@ class Ledger:
 
     def load(self, job_id: str) -> Job:
         """The job as recorded. :raises errors.NoRecord: there is none that this release can read."""
-        for job in self.jobs():
+        for job in self.read().jobs:
             if job.id == job_id:
                 return job
         raise errors.NoRecord(f"no job {job_id} in the ledger of pool {self._pool}")
 
-    def jobs(self) -> list[Job]:
-        """All jobs that this release can read, oldest first; others are left as they are."""
-        found = []
+    def read(self) -> Contents:
+        """All that is in the ledger."""
+        jobs, strange = [], {}
         for key, text in self._cluster.omap_items(self._pool, OBJECT).items():
             try:
-                found.append(Job.decode(text))
+                job = Job.decode(text)
+                if job.id != key:
+                    raise ValueError(f"the record of {job.id}")
+                if job.disk.pool != self._pool:
+                    raise ValueError(f"{job.disk} is not in this pool")
             except ValueError as error:
-                LOG.warning("Left alone record %s of the ledger in pool %s: %s", key, self._pool, error)
-        return sorted(found, key=lambda job: job.created)
+                strange[key] = str(error)
+            else:
+                jobs.append(job)
+        return Contents(sorted(jobs, key=lambda job: job.created), strange)

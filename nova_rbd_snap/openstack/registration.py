@@ -195,3 +195,32 @@ def settle(
             glance.delete(image_id)
         state = watch()
     return {State.HELD: True, State.GONE: False, State.FOREIGN: False}.get(state) if state else None
+
+
+def uses(
+    glance: Glance, image_id: str, url: str, *, sleep: Callable[[float], None] = time.sleep
+) -> Optional[bool]:
+    """Whether the record points at *url*; None where it may still come to, or that cannot be known."""
+    state = look(glance, image_id, url)
+    if state in (State.GONE, State.FOREIGN):
+        sleep(_GONE_SECONDS)
+        state = state if look(glance, image_id, url) is state else None
+    return {State.HELD: True, State.GONE: False, State.FOREIGN: False}.get(state) if state else None
+
+
+class Images:
+    """See :class:`nova_rbd_snap.janitor.jobs.Images`."""
+
+    def __init__(self, connect: Callable[[], Glance], timeout_seconds: float) -> None:
+        """
+        :param connect: Glance as a user who sees every project's images.
+        :param timeout_seconds: as :func:`settle` takes it.
+        """
+        self._connect = connect
+        self._timeout_seconds = timeout_seconds
+
+    def uses(self, image_id: str, url: str) -> Optional[bool]:
+        return uses(self._connect(), image_id, url)
+
+    def settle(self, image_id: str, url: str) -> Optional[bool]:
+        return settle(self._connect(), image_id, url, timeout_seconds=self._timeout_seconds)

@@ -26,11 +26,13 @@ class Run:
 
     :ivar report: told the step's name, bytes done and bytes in all, whenever there is progress.
     :ivar cancelled: true once the work shall stop.
+    :ivar too_late: true once a snapshot is of no use any more: the guest was quiesced for it, and is so no longer.
     """
 
     cluster: Cluster
     report: Callable[[str, int, int], None]
-    cancelled: Callable[[], bool]
+    cancelled: Callable[[], bool] = lambda: False
+    too_late: Callable[[], bool] = lambda: False
 
 
 class Step(Protocol):
@@ -50,17 +52,12 @@ class Step(Protocol):
 
 
 def perform(job: Job, steps: Sequence[Step], final: str, ledger: Ledger, run: Run) -> Job:
-    """Reserve *job* and do *steps* in order; returns the job with *final* as its step under way.
+    """Do *steps* in order; returns the job with *final* as its step under way.
 
-    :param job: with the first step's name as its ``step``.
+    :param job: reserved, with the first step's name as its ``step``.
     :raises errors.SnapError: the first error, with ``step`` and ``undo_failures``; everything was undone that
         could be, and the record is gone unless something is left.
     """
-    try:
-        ledger.reserve(job)
-    except errors.SnapError as refused:
-        refused.step = "reserve"
-        raise
     following = [step.name for step in steps[1:]] + [final]
     for count, (step, next_name) in enumerate(zip(steps, following), start=1):
         try:
@@ -72,43 +69,53 @@ def perform(job: Job, steps: Sequence[Step], final: str, ledger: Ledger, run: Ru
             error = errors.known(cause)
             error.step = step.name
             happened = count - 1 if isinstance(error, errors.AlreadyThere) else count
-            error.undo_failures += undo(job, steps[:happened], ledger, run)
+            error.undo_failures += close(job, undo(job, steps[:happened], run), ledger)
             raise error from cause.__cause__ if error is cause else cause
     return job
 
 
-def undo(job: Job, steps: Sequence[Step], ledger: Ledger, run: Run) -> list[str]:
-    """Undo *steps* in reverse and remove the record, or note in it what is left.
-
-    :returns: what could not be undone, as sentences; empty when nothing of the job is left.
-    """
-    failures = []
+def undo(job: Job, steps: Sequence[Step], run: Run) -> dict[str, str]:
+    """Undo *steps* in reverse. :returns: the steps that could not be undone, with what was in the way."""
+    failures = {}
     for step in reversed(steps):
         run.report(f"undo {step.name}", 0, 0)
         try:
             step.undo(job, run)
         except Exception as error:
-            failures.append(f"{step.name}: {errors.known(error)}")
-    try:
-        _close(job, failures, ledger)
-    except errors.SnapError as error:
-        failures.append(f"ledger: {error}")
-    for failure in failures:
-        LOG.warning("Job %s: could not undo %s", job.id, failure)
+            failures[step.name] = str(errors.known(error))
     return failures
 
 
-def _close(job: Job, failures: Sequence[str], ledger: Ledger) -> None:
+def close(job: Job, failures: Mapping[str, str], ledger: Ledger) -> list[str]:
+    """Remove the record, or note in it what is left and from which step on it is to be undone again.
+
+    What was undone is not looked for a second time: somebody else may have made something of the same name by then.
+
+    :param failures: as :func:`undo` returns them.
+    :returns: what is left, as sentences.
+    """
+    sentences = [f"{step}: {text}" for step, text in failures.items()]
+    try:
+        _close(job, next(iter(failures), job.step), sentences, ledger)
+    except errors.SnapError as error:
+        sentences.append(f"ledger: {error}")
+    if tuple(sentences) != job.failures:
+        for sentence in sentences:
+            LOG.warning("Job %s: could not undo %s", job.id, sentence)
+    return sentences
+
+
+def _close(job: Job, step: str, failures: Sequence[str], ledger: Ledger) -> None:
     try:
         # Read again: the last write may have been applied although it seemed to fail.
         recorded = ledger.load(job.id)
     except errors.NoRecord:
         if failures:  # somebody else saw nothing left, and removed it
-            ledger.reserve(dataclasses.replace(job, failures=tuple(failures)))
+            ledger.reserve(dataclasses.replace(job, step=step, failures=tuple(failures)))
         return
     if recorded.owner != job.owner:
         raise errors.LedgerConflict(f"job {job.id} now belongs to {recorded.owner.host}")
-    if failures:
-        ledger.advance(recorded, failures=tuple(failures))
-    else:
+    if not failures:
         ledger.forget(recorded)
+    elif (recorded.step, recorded.failures) != (step, tuple(failures)):
+        ledger.advance(recorded, step=step, failures=tuple(failures))

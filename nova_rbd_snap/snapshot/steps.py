@@ -7,9 +7,10 @@ the least that stand between the tenant and the image (``docs/design/clone.rst``
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Callable
 
 import tenacity
 
@@ -23,6 +24,9 @@ from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, SnapSpec
 #: reader. What follows is not the saga's to decide.
 READY = "ready"
 
+#: Name of the state in which all is undone, but for the Glance record of a request that died: it still waits for data.
+RECORD = "record"
+
 #: A client that died keeps its watch, and so the rbd image, for 30 s (Ceph: osd_client_watch_timeout).
 _DEAD_WATCH_SECONDS = 40
 
@@ -32,6 +36,11 @@ _when_free = tenacity.Retrying(
     stop=tenacity.stop_after_delay(_DEAD_WATCH_SECONDS),
     reraise=True,
 )
+
+
+def when_free(run: Run, doing: str, change: Callable[[ImageSpec], None], image: ImageSpec) -> None:
+    """Make *change*, repeated while somebody has the rbd image open, for as long as that may be a dead client."""
+    _when_free.copy(before_sleep=lambda state: run.report(doing, 0, 0))(change, image)
 
 
 def _dest(job: Job) -> ImageSpec:
@@ -46,7 +55,10 @@ class Snap:
     name = "snap"
 
     def do(self, job: Job, run: Run) -> Mapping[str, Any]:
-        return {"snap_id": run.cluster.create_snap(job.snap)}
+        snap_id = run.cluster.create_snap(job.snap)
+        if run.too_late():
+            raise errors.NotQuiesced(f"snapshot {job.snap} came after the guest's file systems had to be let go")
+        return {"snap_id": snap_id}
 
     def undo(self, job: Job, run: Run) -> None:
         _remove_frozen(job, run)
@@ -82,11 +94,8 @@ class Clone:
             return
         if not self._is_ours(job, run):
             raise errors.CephError(f"left {dest} alone: it is not the clone of {job.snap}")
-        patiently = _when_free.copy(before_sleep=lambda state: run.report("undo clone", 0, 0))
-        try:
-            patiently(run.cluster.remove, dest)
-        except errors.Missing:
-            return
+        with contextlib.suppress(errors.Missing):
+            when_free(run, "undo clone", run.cluster.remove, dest)
 
     @staticmethod
     def _is_ours(job: Job, run: Run) -> bool:
@@ -158,13 +167,13 @@ class Seal:
             return
         for snap in snaps:
             if snap.name == GLANCE_SNAP:
-                _remove(dest.snap(GLANCE_SNAP), snap, run)
+                remove_snap(dest.snap(GLANCE_SNAP), snap, run)
 
 
 def _remove_frozen(job: Job, run: Run) -> None:
     """Remove the snapshot of the disk, and see that it is gone: "not found" from a removal proves nothing."""
     for snap in _frozen(job, run):
-        _remove(job.snap, snap, run)
+        remove_snap(job.snap, snap, run)
     if _frozen(job, run):
         raise errors.CephError(f"{job.snap} was removed, but is still there")
 
@@ -177,7 +186,7 @@ def _frozen(job: Job, run: Run) -> list[SnapInfo]:
     return [snap for snap in snaps if snap.name == job.snap.name and job.snap_id in (snap.id, None)]
 
 
-def _remove(spec: SnapSpec, snap: SnapInfo, run: Run) -> None:
+def remove_snap(spec: SnapSpec, snap: SnapInfo, run: Run) -> None:
     """Remove the snapshot *snap*, called *spec*, trashed or not, protected or not."""
     try:
         if snap.protected:
@@ -201,7 +210,14 @@ def sequence(job: Job) -> Sequence[Step]:
 
 
 def started(job: Job) -> Sequence[Step]:
-    """The steps of *job* that may have happened, judged by its record."""
+    """The steps of *job* that may have happened, judged by its record.
+
+    :raises errors.LedgerError: the record names no step of such a job.
+    """
     steps = sequence(job)
     names = [step.name for step in steps]
-    return steps if job.step == READY else steps[: names.index(job.step) + 1]
+    if job.step not in (*names, READY, RECORD):
+        raise errors.LedgerError(f"job {job.id} is at {job.step!r}, which is no step of a {job.kind}")
+    if job.step in names:
+        return steps[: names.index(job.step) + 1]
+    return steps if job.step == READY else ()

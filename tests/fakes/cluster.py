@@ -18,7 +18,7 @@ from typing import Any, Callable, NoReturn, Optional, Union
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo
-from nova_rbd_snap.specs import ImageSpec, SnapSpec
+from nova_rbd_snap.specs import ImageSpec, SnapSpec, client_address
 
 #: Size of one object of an rbd image; content is kept per object.
 OBJECT_BYTES = 4 << 20
@@ -37,6 +37,7 @@ class _Snap:
     image: _Image
     objects: Content
     parent: Optional[_Snap]
+    created: float = 0.0
     protected: bool = False
     trashed: bool = False
     # librbd's name for it once it is trashed.
@@ -52,6 +53,7 @@ class _Image:
     spec: ImageSpec
     id: str
     object_count: int
+    created: float = 0.0
     data_pool: Optional[str] = None
     deep_flatten: bool = True
     journaling: bool = False
@@ -76,6 +78,7 @@ class _Pool:
     full: bool = False
     # librbd removes by way of the trash, whose object is made by the first removal and stays.
     has_trash: bool = False
+    trash: list[_Image] = field(default_factory=list)
 
 
 @dataclass
@@ -93,6 +96,7 @@ class _State:
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     rules: list[_Rule] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
+    connections: list[FakeCluster] = field(default_factory=list)
 
 
 def _content(node: Union[_Image, _Snap]) -> Content:
@@ -136,6 +140,11 @@ class FakeCluster:
         self._nonce = next(self._state.numbers)
         self.clone_format = clone_format
         self.blocklisted = False
+        #: Whether this connection's user may blocklist others.
+        self.may_fence = True
+        #: Seconds since the epoch, for what is made from now on.
+        self.now = 0.0
+        self._state.connections.append(self)
         #: Pools this connection's user has no rights in.
         self.forbidden: set[str] = set()
 
@@ -182,7 +191,8 @@ class FakeCluster:
     def create_disk(self, spec: ImageSpec, object_count: int = 4, **more: Any) -> None:
         """Make an rbd image."""
         pool = self._pool(spec.pool)
-        pool.images[spec.name] = _Image(spec, f"{next(self._state.numbers):012x}", object_count, **more)
+        image_id = f"{next(self._state.numbers):012x}"
+        pool.images[spec.name] = _Image(spec, image_id, object_count, **{"created": self.now, **more})
 
     def write(self, spec: ImageSpec, number: int, data: bytes) -> None:
         """Write to the start of object *number*."""
@@ -210,6 +220,7 @@ class FakeCluster:
         return {
             name: {
                 "images": {image.spec.name: self._portrait(image) for image in pool.images.values()},
+                "trash": [self._portrait(image) for image in pool.trash],
                 "omap": {key: dict(pairs) for key, pairs in pool.omap.items() if pairs},
             }
             for name, pool in self._state.pools.items()
@@ -252,7 +263,8 @@ class FakeCluster:
         raise errors.Missing(f"no snapshot {spec}")
 
     def _children(self, snap: _Snap) -> list[_Image]:
-        images = (image for pool in self._state.pools.values() for image in pool.images.values())
+        pools = self._state.pools.values()
+        images = (image for pool in pools for image in (*pool.images.values(), *pool.trash))
         return [image for image in images if image.half != UNLISTED and snap in image.parents()]
 
     def _detached(self, snaps: set[_Snap]) -> None:
@@ -272,8 +284,24 @@ class FakeCluster:
         return f"192.0.2.1:0/{self._nonce}"
 
     @_call
+    def fence(self, address: str) -> None:
+        try:
+            client_address(address)
+        except ValueError as error:
+            raise errors.Refused(str(error)) from error
+        if not self.may_fence:
+            raise errors.NoPermission("no right to blocklist")
+        for connection in self._state.connections:
+            if f"192.0.2.1:0/{connection._nonce}" == address:
+                connection.blocklisted = True
+
+    @_call
     def has_pool(self, pool: str) -> bool:
         return pool in self._state.pools
+
+    @_call
+    def images(self, pool: str) -> list[str]:
+        return [name for name, image in self._pool(pool).images.items()]
 
     @_call
     def exists(self, image: ImageSpec) -> bool:
@@ -285,6 +313,7 @@ class FakeCluster:
         return ImageInfo(
             id=found.id,
             size_bytes=found.object_count * OBJECT_BYTES,
+            created=found.created,
             parent=found.parent.spec if found.parent else None,
             data_pool=found.data_pool,
             deep_flatten=found.deep_flatten,
@@ -301,14 +330,23 @@ class FakeCluster:
 
     @_call
     def snaps(self, image: ImageSpec) -> list[SnapInfo]:
-        return [SnapInfo(snap.id, snap.name, snap.protected, snap.trashed) for snap in self._open(image).snaps]
+        return [
+            SnapInfo(snap.id, snap.name, snap.created, snap.protected, snap.trashed) for snap in self._open(image).snaps
+        ]
+
+    @_call
+    def children(self, image: ImageSpec, snap_id: int) -> list[ImageSpec]:
+        for snap in self._open(image).snaps:
+            if snap.id == snap_id:
+                return [child.spec for child in self._children(snap)]
+        raise errors.Missing(f"no snapshot {snap_id} of {image}")
 
     @_call
     def create_snap(self, snap: SnapSpec) -> int:
         image = self._open(snap.image)
         if any(other.name == snap.name and not other.trashed for other in image.snaps):
             raise errors.AlreadyThere(f"{snap} exists")
-        made = _Snap(next(self._state.numbers), snap.name, image, dict(image.objects), image.parent)
+        made = _Snap(next(self._state.numbers), snap.name, image, dict(image.objects), image.parent, self.now)
         image.snaps.append(made)
         return made.id
 
@@ -407,6 +445,16 @@ class FakeCluster:
         pool.has_trash = True
         del pool.images[image.name]
         self._detached(found.parents())
+
+    @_call
+    def trash(self, image: ImageSpec) -> None:
+        pool = self._pool(image.pool)
+        if image.name not in pool.images:
+            raise errors.Missing(f"no rbd image {image}")
+        if pool.full and not pool.has_trash:
+            raise errors.NoSpace(f"pool {image.pool} is full")
+        pool.has_trash = True
+        pool.trash.append(pool.images.pop(image.name))
 
     @_call
     def omap_items(self, pool: str, name: str) -> dict[str, str]:

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is left of earlier work, and who may clear it away.
+
+``jobs.py`` ends jobs whose request is over, ``disks.py`` removes the disks of a server that is being deleted, whatever
+snapshots were left on them, ``leftovers.py`` finds what has no record at all. Doubt means keep.
+"""

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Remove the disks of a server that is being deleted.
+
+What nobody needs is removed with them: our snapshots, whoever's job they were, and those that stock Nova leaves behind.
+What somebody else needs keeps the disk, and is told.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from nova_rbd_snap import errors
+from nova_rbd_snap.ceph.interface import SnapInfo
+from nova_rbd_snap.ledger.job import SNAP_PREFIX
+from nova_rbd_snap.snapshot import steps
+from nova_rbd_snap.snapshot.saga import Run
+from nova_rbd_snap.specs import ImageSpec
+
+#: Stock Nova calls the snapshot of a direct snapshot by 32 hex digits (LibvirtDriver.snapshot) and leaks it (Nova facts in
+#: ``docs/design/clone.rst``); the other one is of a resize (rbd_utils.RESIZE_SNAPSHOT_NAME), removed with the disk by Nova, too.
+STOCK_SNAP = re.compile(r"[0-9a-f]{32}")
+_RESIZE_SNAP = "nova-resize"
+
+
+def remove_all(pool: str, server: str, run: Run) -> list[str]:
+    """Remove every disk of the server; returns what is left of them and why, as sentences.
+
+    :param server: uuid, which the names of its disks, and of no other's, begin with.
+    """
+    left = []
+    for name in run.cluster.images(pool):
+        if name.startswith(f"{server}_"):
+            try:
+                left += _remove(ImageSpec(pool, name), run)
+            except errors.Missing:
+                continue  # somebody else removed it
+            except errors.SnapError as error:
+                left.append(f"{pool}/{name} stays: {error.report()}")
+    return left
+
+
+def _remove(disk: ImageSpec, run: Run) -> Iterator[str]:
+    run.report(f"remove {disk.name}", 0, 0)
+    holders = [text for snap in _snaps(disk, run) for text in _free(disk, snap, run)]
+    if holders:
+        yield f"{disk} stays until these are removed: {', '.join(holders)}"
+        return
+    try:
+        steps.when_free(run, f"remove {disk.name}", run.cluster.remove, disk)
+    except errors.HasSnapshots:
+        yield f"{disk} stays: somebody took a snapshot of it just now"
+    except errors.Busy:
+        # A watcher that outlives a dead client's 30 s: the name is freed at least.
+        run.cluster.trash(disk)
+        yield f"{disk} was moved to the trash of pool {disk.pool}, for somebody still has it open; 'rbd trash rm' removes it"
+
+
+def _snaps(disk: ImageSpec, run: Run) -> list[SnapInfo]:
+    try:
+        return run.cluster.snaps(disk)
+    except errors.Missing:
+        return []  # half-made: it is removed all the same
+
+
+def _free(disk: ImageSpec, snap: SnapInfo, run: Run) -> Iterator[str]:
+    """Remove the snapshot if nobody needs it; else say who does."""
+    children = run.cluster.children(disk, snap.id)
+    if children:
+        yield f"snapshot {snap.name} with its clones {', '.join(map(str, children))}"
+    elif snap.name.startswith(SNAP_PREFIX) or STOCK_SNAP.fullmatch(snap.name) or snap.name == _RESIZE_SNAP or snap.trashed:
+        steps.remove_snap(disk.snap(snap.name), snap, run)
+    else:
+        yield f"snapshot {snap.name}"
