@@ -30,6 +30,8 @@ LOG = logging.getLogger(__name__)
 _START_SECONDS = 60
 #: Seconds between two starts: 1, 2, 4 … up to the last.
 _BACK_OFF_SECONDS = (1, 8)
+#: Seconds between two starts that nobody waits for, once one has failed.
+_RETRY_SECONDS = 60
 #: An engine that lived this long ended for a new reason; back-off starts over.
 _LONG_LIFE_SECONDS = 120
 
@@ -195,16 +197,16 @@ class EngineClient:
         return dict(self._call("describe", disk=disk))
 
     def reserve_clone(self, image_id: str, disk: str, dest_pool: str) -> str:
-        with self._holding(image_id):
+        with self._reserving(image_id):
             return str(self._call("reserve_clone", image_id=image_id, disk=disk, dest_pool=dest_pool))
 
     def reserve_freeze(self, job_id: str, disk: str) -> str:
-        with self._holding(job_id):
+        with self._reserving(job_id):
             return str(self._call("reserve_freeze", job_id=job_id, disk=disk))
 
-    def perform(self, job_id: str, snap_seconds: Optional[float], report: Report) -> None:
+    def perform(self, job_id: str, snap_before: Optional[float], report: Report) -> None:
         with self._holding(job_id):
-            self._call("perform", report, job_id=job_id, snap_seconds=snap_seconds)
+            self._call("perform", report, job_id=job_id, snap_before=snap_before)
 
     def finish(self, image_id: str) -> None:
         with self._leaving(image_id):
@@ -225,9 +227,16 @@ class EngineClient:
         return list(self._call("remove_disks", server=server))
 
     @contextlib.contextmanager
-    def _holding(self, job_id: str) -> Iterator[None]:
-        """A call after which we have the say about the job, unless the engine refused it."""
+    def _reserving(self, job_id: str) -> Iterator[None]:
+        if job_id in self._held:
+            raise errors.LedgerConflict(f"job {job_id} is under way already")
         self._held.add(job_id)
+        with self._holding(job_id):
+            yield
+
+    @contextlib.contextmanager
+    def _holding(self, job_id: str) -> Iterator[None]:
+        """A call after which we still have the say about the job, unless the engine refused it."""
         try:
             yield
         except errors.EngineLost:
@@ -251,7 +260,7 @@ class EngineClient:
                 self._running().wait()
             except errors.EngineUnavailable as error:
                 LOG.warning("%s", error)
-                time.sleep(_BACK_OFF_SECONDS[1])
+                time.sleep(_RETRY_SECONDS)
 
     @property
     def pid(self) -> Optional[int]:

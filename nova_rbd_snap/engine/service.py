@@ -73,6 +73,7 @@ class Engine:
         self._busy: dict[str, Work] = {}
         # Jobs that nova-compute has the say about: it has asked for them, and has not said finish, rollback or leave.
         self._held = set(held)
+        self._reserved: dict[str, Job] = {}
         self._fenced: set[str] = set()
         self._told: dict[str, str] = {}
         self._stopping = False
@@ -138,8 +139,10 @@ class Engine:
             if cluster.exists(dest):
                 raise errors.AlreadyThere(f"{dest} exists already and is left alone")
             data_pool = self._data_pool(cluster, dest, info)
-            job = self._reserve(cluster, image_id, CLONE, source, dest=dest, data_pool=data_pool)
-            return jobs.location(job, self._run(cluster))
+            job = self._job(cluster, image_id, CLONE, source, dest=dest, data_pool=data_pool)
+            location = jobs.location(job, self._run(cluster))  # asked first: once the job is reserved nothing may fail
+            self._reserve(cluster, job)
+            return location
 
     def reserve_freeze(self, job_id: str, disk: str) -> str:
         """Write down that a snapshot of the server's disk is to be taken, for a full copy to read.
@@ -149,29 +152,29 @@ class Engine:
         :returns: the snapshot's name.
         """
         with self._connection() as cluster:
-            return self._reserve(cluster, job_id, FREEZE, ImageSpec(self._settings.pool, disk)).snap.name
+            job = self._job(cluster, job_id, FREEZE, ImageSpec(self._settings.pool, disk))
+            self._reserve(cluster, job)
+            return job.snap.name
 
-    def perform(self, job_id: str, snap_seconds: Optional[float], report: Report) -> None:
+    def perform(self, job_id: str, snap_before: Optional[float], report: Report) -> None:
         """Do what was reserved. What becomes of it is then said by :meth:`finish`, :meth:`rollback` or :meth:`leave`.
 
-        :param snap_seconds: the snapshot is of no use if it takes longer; None for one that always is.
+        :param snap_before: when the machine's monotonic clock shows this the snapshot is of no use any more; None for
+            one that always is.
         :raises errors.SnapError: a step failed, and all was undone (``undo_failures`` says what could not be).
         """
-        deadline = None if snap_seconds is None else time.monotonic() + snap_seconds
         try:
-            with self._connection() as cluster:
-                ledger = self._ledger(cluster)
-                job = ledger.load(job_id)
-                with self._at_work(job_id, job.disk.name) as work:
-                    run = saga.Run(
-                        cluster,
-                        report,
-                        cancelled=lambda: self._stopping or work.cancelled.is_set() or job_id not in self._held,
-                        too_late=lambda: deadline is not None and time.monotonic() > deadline,
-                    )
-                    self._perform(job, ledger, run)
-        except errors.NoRecord as error:
-            raise errors.Cancelled(f"job {job_id} was given up before it began") from error
+            job = self._reserved.pop(job_id, None)
+            if job is None:
+                raise errors.LedgerConflict(f"job {job_id} was not reserved by this engine")
+            with self._connection() as cluster, self._at_work(job_id, job.disk.name) as work:
+                run = saga.Run(
+                    cluster,
+                    report,
+                    cancelled=lambda: self._stopping or work.cancelled.is_set() or job_id not in self._held,
+                    too_late=lambda: snap_before is not None and time.monotonic() > snap_before,
+                )
+                self._perform(job, self._ledger(cluster), run)
         except BaseException:
             self.leave(job_id)
             raise
@@ -204,6 +207,7 @@ class Engine:
         """nova-compute does nothing more about the job: it is ended by what Glance's record comes to say."""
         with self._state:
             self._held.discard(job_id)
+            self._reserved.pop(job_id, None)
             self._state.notify_all()
 
     def cancel(self, server: str, report: Report = _unheard) -> list[str]:
@@ -399,8 +403,8 @@ class Engine:
         finally:
             self.leave(job_id)
 
-    def _reserve(self, cluster: Cluster, job_id: str, kind: str, disk: ImageSpec, **more: Any) -> Job:
-        job = Job(
+    def _job(self, cluster: Cluster, job_id: str, kind: str, disk: ImageSpec, **more: Any) -> Job:
+        return Job(
             id=job_id,
             kind=kind,
             owner=self._owner(cluster.address()),
@@ -410,16 +414,19 @@ class Engine:
             step=steps.Snap.name,
             **more,
         )
+
+    def _reserve(self, cluster: Cluster, job: Job) -> None:
         with self._state:
             if self._stopping:
                 raise errors.Cancelled("the engine is being stopped")
-            if job_id in self._held:
-                raise errors.LedgerConflict(f"job {job_id} is under way already")
-            self._held.add(job_id)
+            if job.id in self._reserved or job.id in self._busy:
+                raise errors.LedgerConflict(f"job {job.id} is under way already")
+            self._held.add(job.id)
         try:
-            return self._ledger(cluster).reserve(job)
+            self._reserved[job.id] = self._ledger(cluster).reserve(job)
         except errors.SnapError as error:
-            self.leave(job_id)
+            if not isinstance(error, errors.LedgerConflict):  # else somebody has the say about the one that is there
+                self.leave(job.id)
             error.step = "reserve"
             raise
 

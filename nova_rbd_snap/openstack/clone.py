@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way 'clone', whoever takes it: the engine makes the clone, Glance takes it, and what fails is undone."""
+"""What the ways ask of the engine and of Glance, whoever takes them; what fails is undone."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Optional, Protocol
+from typing import Callable, Optional, Protocol
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.engine import Report
@@ -18,21 +18,50 @@ LOG = logging.getLogger(__name__)
 class Engine(Protocol):
     """An engine: nova-compute's, in a process of its own, or one in this process."""
 
-    def clone(self, image_id: str, disk: str, dest_pool: str, report: Report) -> str: ...
+    def reserve_clone(self, image_id: str, disk: str, dest_pool: str) -> str: ...
+    def reserve_freeze(self, job_id: str, disk: str) -> str: ...
+    def perform(self, job_id: str, snap_before: Optional[float], report: Report) -> None: ...
     def finish(self, image_id: str) -> None: ...
     def rollback(self, job_id: str) -> bool: ...
+    def leave(self, job_id: str) -> None: ...
 
 
-def make(engine: Engine, image_id: str, disk: str, dest_pool: str, report: Report) -> str:
+#: Does a reserved job; told its id and whom to report to.
+Perform = Callable[[str, Report], None]
+
+
+def make(engine: Engine, image_id: str, disk: str, dest_pool: str, perform: Perform, report: Report) -> str:
     """Clone *disk* into *dest_pool* as *image_id*; returns the location, which :func:`register` is to be given next.
 
+    :param perform: as a rule ``engine.perform``, with what is to be done about the guest around it.
     :raises errors.SnapError: nothing is left of the attempt but what ``undo_failures`` says.
     """
+    return _take(engine, image_id, lambda: engine.reserve_clone(image_id, disk, dest_pool), perform, report)
+
+
+def freeze(engine: Engine, job_id: str, disk: str, perform: Perform, report: Report) -> str:
+    """Take a snapshot of *disk* for a full copy to read; returns its name. ``engine.rollback`` removes it.
+
+    :param perform: as for :func:`make`.
+    :raises errors.SnapError: as :func:`make`.
+    """
+    return _take(engine, job_id, lambda: engine.reserve_freeze(job_id, disk), perform, report)
+
+
+def _take(engine: Engine, job_id: str, reserve: Callable[[], str], perform: Perform, report: Report) -> str:
     try:
-        return engine.clone(image_id, disk, dest_pool, report)
+        result = reserve()
     except errors.EngineLost as error:
-        undo(engine, image_id, error)
+        undo(engine, job_id, error)
         raise
+    try:
+        perform(job_id, report)
+    except Exception as cause:
+        # The engine undoes its own failures, and then knows no such job; but not what went wrong around its work.
+        error = errors.known(cause)
+        undo(engine, job_id, error)
+        raise error from cause.__cause__ if error is cause else cause
+    return result
 
 
 def register(
@@ -54,12 +83,14 @@ def register(
     try:
         registration.register(glance, image_id, url, properties, timeout_seconds=timeout_seconds)
     except errors.InDoubt:
+        _leave(engine, image_id)
         raise
     except errors.GlanceError as error:
         error.step = "register"
         undo(engine, image_id, error)
         raise
     except Exception as error:
+        _leave(engine, image_id)
         raise errors.InDoubt(f"registering failed unexpectedly, the data is kept: {error!r}") from error
     report("finish", 0, 0)
     try:
@@ -67,6 +98,13 @@ def register(
     except errors.SnapError as error:
         # The image is good; what is left is in the ledger.
         LOG.warning("Image %s is active, but its job stays in the ledger: %s", image_id, error.report())
+
+
+def _leave(engine: Engine, image_id: str) -> None:
+    try:
+        engine.leave(image_id)
+    except errors.SnapError as error:
+        LOG.warning("Image %s is in doubt, and its job may stay so until nova-compute ends: %s", image_id, error.report())
 
 
 def undo(engine: Engine, job_id: str, error: errors.SnapError) -> None:

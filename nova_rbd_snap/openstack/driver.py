@@ -7,6 +7,7 @@ Each way either ends with the image active or has undone itself when it raises; 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import threading
 import time
 import xml.etree.ElementTree as ET
@@ -21,7 +22,10 @@ from nova.virt.libvirt import utils as libvirt_utils
 from oslo_log import log as logging
 
 from nova_rbd_snap import conf, errors
+from nova_rbd_snap.engine import Report
+from nova_rbd_snap.ledger.job import copy_id
 from nova_rbd_snap.openstack import clone, imagebackend, images, process
+from nova_rbd_snap.openstack.guest import Guest
 
 CONF = process.CONF
 LOG = logging.getLogger(__name__)
@@ -34,6 +38,7 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
 
     def __init__(self, virtapi: Any, read_only: bool = False) -> None:
         super().__init__(virtapi, read_only=read_only)
+        self._on_disks = OnDisks()
         self._usable = self._read_configuration()
         if self._usable:
             self.image_backend.BACKEND["rbd"] = imagebackend.Rbd
@@ -53,8 +58,15 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
     def init_host(self, host: str) -> None:
         """See Nova. What is wrong with the pools is told to the log, later if the cluster is slow to answer."""
         super().init_host(host)
-        if self._usable and CONF.rbd_snap.enabled and CONF.libvirt.images_type == "rbd":
-            threading.Thread(target=self._check, name="nova-rbd-snap-check", daemon=True).start()
+        if self._usable and CONF.libvirt.images_type == "rbd":
+            threading.Thread(target=self._keep_engine, name="nova-rbd-snap-engine", daemon=True).start()
+
+    @classmethod
+    def _keep_engine(cls) -> None:
+        # Also where it shall take no new snapshots: what earlier ones left is looked after.
+        if CONF.rbd_snap.enabled:
+            cls._check()
+        process.engine().keep_running()
 
     @staticmethod
     def _check() -> None:
@@ -74,7 +86,8 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
         """See Nova."""
         request = self._request(context, instance, image_id, update_task_state)
         if request is None:
-            super().snapshot(context, instance, image_id, update_task_state)
+            with self._running_again():
+                super().snapshot(context, instance, image_id, update_task_state)
             return
         with request.announcing():
             self._climb(request)
@@ -129,15 +142,26 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
         except exception.InvalidDevicePath:
             return None
         metadata = self._create_snapshot_metadata(instance.image_meta, instance, "raw", None)
-        return _Request(context, instance, guest, image_id, update_task_state, disk, metadata)
+        return _Request(
+            context,
+            instance,
+            guest,
+            image_id,
+            update_task_state,
+            disk,
+            metadata,
+            Guest(self, context, instance, guest),
+            self._on_disks,
+        )
 
     def _full_copy(self, request: _Request) -> None:
         """Nova's own full copy, from a frozen snapshot where one can be taken."""
         request.await_announced()
-        job_id = f"{request.image_id}-copy"
+        job_id = copy_id(request.image_id)
         snap = request.freeze(job_id)
         try:
-            with imagebackend.making_full_copy(imagebackend.FullCopy(request.image_id, snap)):
+            copy = imagebackend.FullCopy(request.image_id, snap)
+            with self._running_again(), imagebackend.making_full_copy(copy):
                 super().snapshot(request.context, request.instance, request.image_id, request.task_states_for_nova())
         finally:
             if snap is not None:
@@ -151,15 +175,119 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
             return False
         return bool(super()._needs_suspend_resume_for_snapshot(live_snapshot, current_power_state))
 
+    @contextlib.contextmanager
+    def _running_again(self) -> Iterator[None]:
+        """A guest that Nova suspends within the block for its copy runs again after it, whatever went wrong.
+
+        Nova itself resumes it on some ways out, and leaves it suspended on the others.
+        """
+        token = _suspended.set([])
+        try:
+            yield
+        finally:
+            suspended = _suspended.get() or []
+            _suspended.reset(token)
+            for context, live_snapshot, original_power_state, instance in suspended:
+                try:
+                    guest = self._host.get_guest(instance)
+                    super()._resume_guest_after_snapshot(
+                        context, live_snapshot, original_power_state, instance, guest
+                    )
+                except Exception as error:  # what went wrong before it is what counts
+                    LOG.error("The guest was suspended for its copy and cannot be resumed: %s", error, instance=instance)
+
+    def _suspend_guest_for_snapshot(
+        self, context: Any, live_snapshot: bool, current_power_state: int, instance: Any
+    ) -> None:
+        """See Nova."""
+        super()._suspend_guest_for_snapshot(context, live_snapshot, current_power_state, instance)
+        suspended = _suspended.get()
+        if suspended is not None and self._needs_suspend_resume_for_snapshot(live_snapshot, current_power_state):
+            suspended.append((context, live_snapshot, current_power_state, instance))
+
+    def _resume_guest_after_snapshot(
+        self, context: Any, live_snapshot: bool, original_power_state: int, instance: Any, guest: Any
+    ) -> None:
+        """See Nova."""
+        super()._resume_guest_after_snapshot(context, live_snapshot, original_power_state, instance, guest)
+        suspended = _suspended.get()
+        if suspended:
+            suspended.clear()
+
     def _cleanup_rbd(self, instance: Any) -> None:
-        """See Nova. A snapshot under way is stopped and undone first: the deletion wins."""
-        if self._usable:
-            try:
-                for job in process.engine().cancel(instance.uuid):
-                    LOG.info("Undid snapshot job %s: its server is being deleted", job, instance=instance)
-            except errors.SnapError as error:
-                LOG.warning("Cannot stop the server's snapshots: %s", error.report(), instance=instance)
-        super()._cleanup_rbd(instance)
+        """See Nova. A snapshot under way is stopped and undone first: the deletion wins.
+
+        :raises exception.NovaException: the cluster does not answer; the server can be deleted again later.
+        """
+        if not self._usable or instance.task_state == task_states.RESIZE_REVERTING:
+            super()._cleanup_rbd(instance)
+            return
+        try:
+            for job in self._on_disks.give_up(instance.uuid, process.engine().cancel, CONF.rbd_snap.operation_timeout):
+                LOG.info("Undid snapshot job %s: its server is being deleted", job, instance=instance)
+        except errors.SnapError as error:
+            LOG.warning("Cannot stop the server's snapshots: %s", error.report(), instance=instance)
+        try:
+            left = process.engine().remove_disks(instance.uuid)
+        except errors.SnapError as error:
+            if not error.may_fall_back:  # Nova's own removal would wait for ever
+                raise exception.NovaException(f"cannot remove the server's disks: {error.report()}") from error
+            LOG.warning("Nova removes the server's disks itself: %s", error.report(), instance=instance)
+            super()._cleanup_rbd(instance)
+            return
+        for sentence in left:
+            LOG.warning("The server is deleted, but %s", sentence, instance=instance)
+
+
+#: The suspensions that Nova made for the copy of the running request, and has not ended.
+_suspended: contextvars.ContextVar[Optional[list[tuple[Any, bool, int, Any]]]] = contextvars.ContextVar(
+    "suspended", default=None
+)
+
+
+class OnDisks:
+    """Who works on the disks of which server: a deletion must not take a disk away from under them, nor miss them."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._servers: list[str] = []
+        self._given_up: set[str] = set()
+
+    @contextlib.contextmanager
+    def work(self, server: str) -> Iterator[None]:
+        """Work on the server's disks. :raises errors.Cancelled: the server is being deleted."""
+        with self._changed:
+            if server in self._given_up:
+                raise errors.Cancelled("the server is being deleted")
+            self._servers.append(server)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._servers.remove(server)
+                self._changed.notify_all()
+
+    def give_up(self, server: str, cancel: Callable[[str], list[str]], timeout_seconds: float) -> list[str]:
+        """Let no work on the server's disks begin, and *cancel* what has begun, until none is left.
+
+        :returns: what *cancel* returned.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        with self._changed:
+            self._given_up.add(server)
+        try:
+            done = cancel(server)
+            # What had begun, but reached the engine only after that.
+            while self._is_worked_on(server) and time.monotonic() < deadline:
+                done += cancel(server)
+            return done
+        finally:
+            with self._changed:
+                self._given_up.discard(server)
+
+    def _is_worked_on(self, server: str) -> bool:
+        with self._changed:
+            return not self._changed.wait_for(lambda: server not in self._servers, timeout=1)
 
 
 @dataclass
@@ -167,6 +295,7 @@ class _Request:
     """One snapshot request on a disk in Ceph.
 
     :ivar metadata: as Nova makes it for the image record.
+    :ivar still: what the snapshot needs of *guest*.
     :ivar steps: each step's name, and when it began.
     """
 
@@ -177,6 +306,8 @@ class _Request:
     update_task_state: UpdateTaskState
     disk: imagebackend.Rbd
     metadata: dict[str, Any]
+    still: Guest
+    on_disks: OnDisks
     steps: list[tuple[str, float]] = field(default_factory=list)
     _announcing: Optional[threading.Thread] = None
     _announce_error: Optional[Exception] = None
@@ -218,7 +349,10 @@ class _Request:
             raise errors.Refused("the server's disk is encrypted")
         started = time.monotonic()
         glance = images.glance_for(self.context)
-        url = self.disk.clone_to_glance(glance, self.image_id, self.instance.image_ref, self._note)
+        with self.on_disks.work(self.instance.uuid):
+            url = self.disk.clone_to_glance(
+                glance, self.image_id, self.instance.image_ref, self._perform, self._note
+            )
         try:
             self.await_announced()
         except Exception:
@@ -244,10 +378,10 @@ class _Request:
         :raises errors.SnapError: the cluster does not answer; a copy would not end.
         """
         try:
-            return process.engine().freeze(job_id, self.disk.rbd_name, self._note)
+            with self.on_disks.work(self.instance.uuid):
+                self.still.ask()  # a copy without a snapshot would ask QEMU for more, and wait for ever
+                return clone.freeze(process.engine(), job_id, self.disk.rbd_name, self._perform, self._note)
         except errors.SnapError as error:
-            if isinstance(error, errors.EngineLost):
-                clone.undo(process.engine(), job_id, error)
             if not error.may_fall_back:
                 raise
             LOG.warning(
@@ -255,6 +389,9 @@ class _Request:
                 self.image_id, error.report(), instance=self.instance,
             )
             return None
+
+    def _perform(self, job_id: str, report: Report) -> None:
+        self.still.perform(process.engine(), job_id, report)
 
     def thaw(self, job_id: str) -> None:
         """Remove the frozen snapshot. What fails is logged and stays in the ledger: the copy's own outcome counts."""

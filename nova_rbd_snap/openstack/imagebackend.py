@@ -63,14 +63,17 @@ class Rbd(imagebackend.Rbd):
     _frozen: Optional[str] = None
     _handed_over: Optional[tuple[Glance, str, str]] = None
 
-    def clone_to_glance(self, glance: Glance, image_id: str, base_image_id: Optional[str], report: Report) -> str:
+    def clone_to_glance(
+        self, glance: Glance, image_id: str, base_image_id: Optional[str], perform: clone.Perform, report: Report
+    ) -> str:
         """Clone the disk into Glance's pool as *image_id*; returns the location to register.
 
+        :param perform: see :func:`nova_rbd_snap.openstack.clone.make`.
         :raises errors.SnapError: as :func:`nova_rbd_snap.openstack.clone.make`.
         """
         engine = process.engine()
         pool = images.destination_pool(glance, engine.describe(self.rbd_name), base_image_id)
-        return clone.make(engine, image_id, self.rbd_name, pool, report)
+        return clone.make(engine, image_id, self.rbd_name, pool, perform, report)
 
     def direct_snapshot(
         self, context: Any, snapshot_name: str, image_format: str, image_id: str, base_image_id: Optional[str]
@@ -90,9 +93,18 @@ class Rbd(imagebackend.Rbd):
             raise exception.ImageUnacceptable(
                 image_id=image_id, reason=f"a clone holds raw bytes; [libvirt] snapshot_image_format is {image_format}"
             )
+        engine = process.engine()
         try:
             glance = images.glance_for(context)
-            url = self.clone_to_glance(glance, image_id, base_image_id, lambda step, done, total: None)
+            url = self.clone_to_glance(
+                glance,
+                image_id,
+                base_image_id,
+                lambda job_id, report: engine.perform(job_id, None, report),
+                lambda step, done, total: None,
+            )
+            # Nova registers it, and never says so: from now on Glance's record is what counts.
+            engine.leave(image_id)
         except Exception as cause:
             error = errors.known(cause)
             if error.may_fall_back:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import uuid
 from typing import Optional
 
@@ -11,16 +12,18 @@ import pytest
 from nova_rbd_snap import errors
 from nova_rbd_snap.conf import Settings
 from nova_rbd_snap.engine.service import Engine, Report
+from nova_rbd_snap.ledger.job import Owner, copy_id
 from nova_rbd_snap.ledger.store import Ledger
 from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, Location
 from tests.contract.conftest import World
+from tests.fakes.engine import FakeImages
 
 formats = pytest.mark.parametrize("clone_format", [1, 2])
 BASE = {0: b"base 0", 3: b"base 3"}
 FROZEN = {**BASE, 0: b"disk 0", 2: b"disk 2"}
 
 
-def make_engine(world: World, clone_format: int, data_pool: Optional[str] = None) -> Engine:
+def make_engine(world: World, clone_format: int, data_pool: Optional[str] = None, life: str = "life-1") -> Engine:
     settings = Settings(
         pool=world.vms,
         ceph_conf="",
@@ -29,21 +32,21 @@ def make_engine(world: World, clone_format: int, data_pool: Optional[str] = None
         glance_data_pool=data_pool,
         clone_format=clone_format,
         operation_timeout=60,
+        reclaim_interval=60,
         auth_section="service_user",
     )
     return Engine(
         settings,
-        host="compute-1",
-        machine="machine-1",
+        functools.partial(Owner, "compute-1", "machine-1", life),
         connect=lambda: world.connect(clone_format),
-        registered=lambda image_id, url: None,
+        images=FakeImages(settles_as=False),
     )
 
 
 @pytest.fixture
 def disk(world: World) -> ImageSpec:
     """A server's disk, itself a clone of a base image in Glance's pool."""
-    name = uuid.uuid4().hex
+    name = str(uuid.uuid4())
     base, made = ImageSpec(world.images, f"{name}-base"), ImageSpec(world.vms, f"{name}_disk")
     world.create(base)
     for number, data in BASE.items():
@@ -69,14 +72,16 @@ def unheard(step: str, done: int, total: int) -> None:
 
 
 def clone(engine: Engine, disk: ImageSpec, dest: ImageSpec, report: Report = unheard) -> str:
-    return engine.clone(dest.name, disk.name, dest.pool, report)
+    url = engine.reserve_clone(dest.name, disk.name, dest.pool)
+    engine.perform(dest.name, None, report)
+    return url
 
 
 def assert_nothing_left(world: World, disk: ImageSpec, dest: ImageSpec) -> None:
     cluster = world.connect()
     assert not cluster.exists(dest)
     assert cluster.snaps(disk) == []
-    assert dest.name not in {job.id for job in Ledger(cluster, world.vms).jobs()}
+    assert dest.name not in {job.id for job in Ledger(cluster, world.vms).read().jobs}
     assert world.content(disk) == FROZEN
 
 
@@ -100,7 +105,7 @@ def test_snapshot(world: World, disk: ImageSpec, dest: ImageSpec, clone_format: 
     assert (info.parent, info.data_pool) == (None, world.ec_data if in_data_pool else None)
     assert [(snap.name, snap.protected) for snap in cluster.snaps(dest)] == [(GLANCE_SNAP, True)]
     assert cluster.snaps(disk) == []
-    assert dest.name not in {job.id for job in Ledger(cluster, world.vms).jobs()}
+    assert dest.name not in {job.id for job in Ledger(cluster, world.vms).read().jobs}
 
 
 @formats
@@ -137,8 +142,9 @@ def test_broken_at_a_step(
 
 def test_freeze(world: World, disk: ImageSpec) -> None:
     """A frozen snapshot shows its instant until it is rolled back."""
-    engine, job_id = make_engine(world, 2), uuid.uuid4().hex
-    name = engine.freeze(job_id, disk.name, unheard)
+    engine, job_id = make_engine(world, 2), copy_id(str(uuid.uuid4()))
+    name = engine.reserve_freeze(job_id, disk.name)
+    engine.perform(job_id, None, unheard)
     world.write(disk, 0, b"later")
     assert world.content(disk.snap(name)) == FROZEN
     assert engine.rollback(job_id)

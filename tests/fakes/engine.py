@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections.abc import Iterable
 from typing import Any, Callable, Optional
 
 from nova_rbd_snap.conf import Settings
+from nova_rbd_snap.engine import Report
 from nova_rbd_snap.engine.service import Engine
+from nova_rbd_snap.janitor.jobs import Images
+from nova_rbd_snap.ledger.job import Owner, copy_id
 from nova_rbd_snap.specs import ImageSpec
 from tests.fakes.cluster import FakeCluster
 
 SERVER = "11111111-1111-4111-8111-111111111111"
 DISK = ImageSpec("vms", f"{SERVER}_disk")
-ENDLESS = f"{SERVER}_endless"
+ENDLESS = f"{SERVER}_disk.endless"
 DEST = ImageSpec("images", "22222222-2222-4222-8222-222222222222")
+COPY = copy_id(DEST.name)
 #: What is on the disk before any snapshot: its own bytes over its base image's.
 BASE = {0: b"base 0", 3: b"base 3"}
 WRITTEN = {0: b"disk 0", 2: b"disk 2"}
@@ -47,16 +53,46 @@ def endless_disk(cluster: FakeCluster) -> ImageSpec:
     return disk
 
 
+class FakeImages:
+    """Glance as an engine asks it: says the same of every record, and remembers what it was asked.
+
+    :ivar uses_it: what it says of a record as it is.
+    :ivar settles_as: what it says once it may delete a record that waits.
+    """
+
+    def __init__(self, uses_it: Optional[bool] = None, settles_as: Optional[bool] = None) -> None:
+        self.uses_it, self.settles_as = uses_it, settles_as
+        self.asked: list[tuple[str, str]] = []
+        self.error: Optional[Exception] = None
+
+    def uses(self, image_id: str, url: str) -> Optional[bool]:
+        return self._answer(image_id, url, self.uses_it)
+
+    def settle(self, image_id: str, url: str) -> Optional[bool]:
+        return self._answer(image_id, url, self.settles_as)
+
+    def _answer(self, image_id: str, url: str, answer: Optional[bool]) -> Optional[bool]:
+        self.asked.append((image_id, url))
+        if self.error is not None:
+            raise self.error
+        return answer
+
+
 def make_engine(
     cluster: FakeCluster,
     *,
     host: str = "compute-1",
     machine: str = "machine-1",
-    registered: Callable[[str, str], Optional[bool]] = lambda image_id, url: None,
+    life: str = "life-1",
+    held: Iterable[str] = (),
+    images: Optional[Images] = None,
     connect: Optional[Callable[[], FakeCluster]] = None,
     **options: Any,
 ) -> Engine:
-    """An engine of *host*, each connection of which is a new one to *cluster*."""
+    """An engine of *host*, each connection of which is a new one to *cluster*.
+
+    :param life: of nova-compute.
+    """
     values: dict[str, Any] = {
         "pool": DISK.pool,
         "ceph_conf": "",
@@ -65,17 +101,43 @@ def make_engine(
         "glance_data_pool": None,
         "clone_format": cluster.clone_format,
         "operation_timeout": 60,
+        "reclaim_interval": 60,
         "auth_section": "service_user",
     }
     settings = Settings(**{**values, **options})
     return Engine(
         settings,
-        host=host,
-        machine=machine,
+        functools.partial(Owner, host, machine, life),
+        held=held,
         connect=connect or cluster.another,
-        registered=registered,
+        images=images or FakeImages(),
         clock=lambda: 1.0,
     )
+
+
+def clone(
+    engine: Any,
+    report: Optional[Report] = None,
+    image_id: str = DEST.name,
+    disk: str = DISK.name,
+    dest_pool: str = DEST.pool,
+) -> str:
+    """Reserve and perform a clone; returns the location."""
+    url = engine.reserve_clone(image_id, disk, dest_pool)
+    engine.perform(image_id, None, report or Reports())
+    return str(url)
+
+
+def freeze(engine: Any, job_id: str = COPY, disk: str = DISK.name, report: Optional[Report] = None) -> str:
+    """Reserve and perform a freeze; returns the snapshot's name."""
+    snap = engine.reserve_freeze(job_id, disk)
+    engine.perform(job_id, None, report or Reports())
+    return str(snap)
+
+
+def image(number: int) -> str:
+    """The id of the image of that number."""
+    return f"22222222-2222-4222-8222-{number:012}"
 
 
 class UntilFlattening:

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.engine import __main__ as engine_main
@@ -21,7 +21,7 @@ from nova_rbd_snap.engine import server as server_module
 from nova_rbd_snap.engine.server import Server
 from nova_rbd_snap.engine.service import Engine
 from tests.fakes.cluster import FakeCluster
-from tests.fakes.engine import endless_disk, make_engine, populated
+from tests.fakes.engine import FakeImages, endless_disk, make_engine, populated
 
 REGISTERED = {"yes": True, "no": False, "unknown": None}
 
@@ -60,10 +60,11 @@ def main() -> None:
     def build(server: Server, config: list[str]) -> Engine:
         hello = server.greet()
 
-        def registered(image_id: str, url: str) -> Optional[bool]:
-            return REGISTERED[told.registered]
-
-        return make_engine(cluster, host=hello["host"], machine=hello["machine"], registered=registered)
+        images = FakeImages(uses_it=REGISTERED[told.registered], settles_as=REGISTERED[told.registered])
+        return make_engine(
+            cluster, host=hello["host"], machine=hello["machine"], life=hello["incarnation"], held=hello["held"],
+            images=images,
+        )
 
     engine_main._build = build
     server_module._TAKE_SECONDS = told.take_seconds

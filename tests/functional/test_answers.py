@@ -7,10 +7,9 @@ import pytest
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.engine.service import Engine
-from nova_rbd_snap.openstack import clone
 from tests.fakes.glance_proxy import GlanceProxy, Request
 from tests.functional.test_clone import assert_whole
-from tests.functional.world import World, unheard
+from tests.functional.world import World
 
 
 def registers(request: Request) -> bool:
@@ -23,7 +22,7 @@ def sets_properties(request: Request) -> bool:
 
 def cloned(world: World, disk: str, image_id: str) -> tuple[Engine, str]:
     engine = world.engine()
-    return engine, clone.make(engine, image_id, disk, world.images, unheard)
+    return engine, world.clone(engine, disk, image_id)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 import pytest
 
 from nova_rbd_snap import errors
+from nova_rbd_snap.ledger.job import copy_id
 from nova_rbd_snap.openstack import clone
 from tests.functional.world import World, unheard
 
@@ -26,14 +28,14 @@ def assert_whole(world: World, disk: str, image_id: str, before: dict[str, Any])
 def test_image_becomes_active(world: World, disk: str, image_id: str, user: str, clone_format: int) -> None:
     """In both formats of clones, and by both of Glance's interfaces: the new one is for trusted services only."""
     before, engine = world.picture(), world.engine(clone_format=clone_format)
-    url = clone.make(engine, image_id, disk, world.images, unheard)
+    url = world.clone(engine, disk, image_id)
     world.register(engine, getattr(world, user), image_id, url)
     assert_whole(world, disk, image_id, before)
 
 
 def test_record_was_deleted(world: World, disk: str, image_id: str) -> None:
     before, engine = world.picture(), world.engine()
-    url = clone.make(engine, image_id, disk, world.images, unheard)
+    url = world.clone(engine, disk, image_id)
     world.service.delete(image_id)
     with pytest.raises(errors.RecordGone):
         world.register(engine, world.tenant, image_id, url)
@@ -43,7 +45,7 @@ def test_record_was_deleted(world: World, disk: str, image_id: str) -> None:
 def test_record_has_other_data(world: World, disk: str, image_id: str) -> None:
     """Somebody uploaded into the record: theirs stays, ours goes."""
     before, engine = world.picture(), world.engine()
-    url = clone.make(engine, image_id, disk, world.images, unheard)
+    url = world.clone(engine, disk, image_id)
     world.tenant.set_properties(image_id, {"disk_format": "raw", "container_format": "bare"})
     world.tenant._call(
         "PUT",
@@ -62,7 +64,8 @@ def test_frozen_disk(world: World, disk: str) -> None:
     """What a full copy reads stays as it was, and goes when it is no more wanted."""
     before, engine = world.picture(), world.engine()
     content = world.content(world.vms, disk)
-    snap = engine.freeze("copy", disk, unheard)
+    job_id = copy_id(str(uuid.uuid4()))
+    snap = clone.freeze(engine, job_id, disk, lambda job_id, report: engine.perform(job_id, None, report), unheard)
     assert world.content(world.vms, disk, snap) == content
-    assert engine.rollback("copy")
+    assert engine.rollback(job_id)
     assert world.picture() == before

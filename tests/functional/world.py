@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import functools
 import os
 import random
 import uuid
@@ -18,6 +19,7 @@ from keystoneauth1.identity import v3
 from nova_rbd_snap import conf, errors
 from nova_rbd_snap.ceph.librbd import LibrbdCluster
 from nova_rbd_snap.engine.service import Engine
+from nova_rbd_snap.ledger.job import Owner
 from nova_rbd_snap.ledger.store import OBJECT
 from nova_rbd_snap.openstack import clone, keystone, registration
 from nova_rbd_snap.openstack.glance import Glance
@@ -73,8 +75,11 @@ class World:
 
     # -- what a test works on ------------------------------------------------------------------------------------
 
-    def engine(self, *, host: str = "functional", clone_format: int = 2) -> Engine:
-        """A new engine of *host*, as nova-compute's configuration makes it."""
+    def engine(self, *, host: str = "functional", life: str = "life-1", clone_format: int = 2) -> Engine:
+        """A new engine of *host*, as nova-compute's configuration makes it.
+
+        :param life: of nova-compute.
+        """
         self.conf.set_override("clone_format", clone_format, group="rbd_snap")
         settings = conf.Settings.read(self.conf)
 
@@ -86,10 +91,23 @@ class World:
                 clone_format=settings.clone_format,
             )
 
-        def registered(image_id: str, url: str) -> Any:
-            return registration.settle(self.service, image_id, url, timeout_seconds=TIMEOUT_SECONDS)
+        return Engine(
+            settings,
+            functools.partial(Owner, host, "machine", life),
+            connect=connect,
+            images=registration.Images(lambda: self.service, TIMEOUT_SECONDS),
+        )
 
-        return Engine(settings, host=host, machine="machine", connect=connect, registered=registered)
+    def clone(self, engine: Engine, disk: str, image_id: str) -> str:
+        """The clone, ready to be registered; returns its location."""
+        return clone.make(
+            engine,
+            image_id,
+            disk,
+            self.images,
+            lambda job_id, report: engine.perform(job_id, None, report),
+            unheard,
+        )
 
     def new_disk(self) -> str:
         """A server's disk with random data."""

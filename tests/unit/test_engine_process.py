@@ -23,7 +23,7 @@ from nova_rbd_snap import errors
 from nova_rbd_snap.engine import client as client_module
 from nova_rbd_snap.engine import wire
 from nova_rbd_snap.engine.client import EngineClient
-from tests.fakes.engine import DEST, DISK, ENDLESS, SERVER, Reports, UntilFlattening
+from tests.fakes.engine import COPY, DEST, DISK, ENDLESS, SERVER, Reports, UntilFlattening, clone, freeze, image
 from tests.waiting import eventually
 
 REPO = Path(__file__).resolve().parent.parent.parent
@@ -60,10 +60,6 @@ def start() -> Iterator[Start]:
 def picture(tmp_path: Path) -> Path:
     """Where an engine writes what its pools look like when it ends."""
     return tmp_path / "picture"
-
-
-def clone(client: EngineClient, report: Any = None, image_id: str = DEST.name, disk: str = DISK.name) -> str:
-    return client.clone(image_id, disk, DEST.pool, report or Reports())
 
 
 def pools(picture: Path) -> tuple[str, str]:
@@ -122,12 +118,14 @@ def test_calls_and_errors_cross_the_socket(start: Start) -> None:
     pid = client.pid
     assert client.check() == []
     assert clone(client).endswith(f"/{DEST.name}/snap")
-    with pytest.raises(errors.AlreadyThere, match=DEST.name):
+    with pytest.raises(errors.Missing, match="no-such-disk"):
+        clone(client, image_id=image(1), disk="no-such-disk")
+    with pytest.raises(errors.LedgerConflict, match=DEST.name):
         clone(client)
     client.finish(DEST.name)
-    assert client.freeze("copy", DISK.name, Reports()) == "nova-rbd-snap-copy"
-    assert client.cancel(SERVER) == ["copy"]
-    assert client.rollback("copy") is False
+    assert freeze(client) == f"nova-rbd-snap-{COPY}"
+    assert client.cancel(SERVER) == [COPY]
+    assert client.rollback(COPY) is False
     with pytest.raises(errors.NoRecord):
         client.finish(DEST.name)
     assert client.pid == pid
@@ -139,13 +137,13 @@ def test_concurrent_calls_keep_apart(start: Start) -> None:
 
     def one(number: int) -> tuple[str, list[str]]:
         report = Reports()
-        url = clone(client, report, image_id=f"image-{number}")
-        client.finish(f"image-{number}")
+        url = clone(client, report, image_id=image(number))
+        client.finish(image(number))
         return url, list(dict.fromkeys(report.steps))
 
     with ThreadPoolExecutor(20) as pool:
         outcomes = list(pool.map(one, range(20)))
-    assert [url.split("/")[-2] for url, _ in outcomes] == [f"image-{number}" for number in range(20)]
+    assert [url.split("/")[-2] for url, _ in outcomes] == [image(number) for number in range(20)]
     assert {tuple(steps) for _, steps in outcomes} == {("snap", "clone", "flatten", "seal")}
 
 
@@ -188,7 +186,7 @@ def test_killed_engine(start: Start) -> None:
     reports = [UntilFlattening() for _ in range(3)]
     with ThreadPoolExecutor(3) as pool:
         calls = [
-            pool.submit(clone, client, report, f"image-{number}", ENDLESS) for number, report in enumerate(reports)
+            pool.submit(clone, client, report, image(number), ENDLESS) for number, report in enumerate(reports)
         ]
         for report in reports:
             assert report.reached.wait(BOUND_SECONDS)
@@ -216,7 +214,7 @@ def test_sigterm_undoes_and_ends(start: Start, picture: Path) -> None:
 
 def takes_no_more_work(client: EngineClient) -> bool:
     with pytest.raises((errors.Missing, errors.Cancelled)) as caught:
-        client.freeze("x", "no such disk", Reports())
+        freeze(client, disk="11111111-1111-4111-8111-111111111112_disk")
     return isinstance(caught.value, errors.Cancelled)
 
 
@@ -261,7 +259,9 @@ def report(step, done, total):
     if step == "flatten" and total:
         print("flattening", flush=True)
 
-client.clone("image-1", disk, "images", report)
+image_id = "22222222-2222-4222-8222-222222222222"
+client.reserve_clone(image_id, disk, "images")
+client.perform(image_id, None, report)
 print("ready", flush=True)
 sys.stdin.read()
 """
@@ -299,7 +299,7 @@ def test_nova_compute_dies(death: signal.Signals, disk: str, registered: str, le
         else:
             nova_compute.send_signal(death or signal.SIGKILL)
         before, after = pools(picture)
-    assert ("image-1" in after, "nova_rbd_snap.ledger" in after) == (left != "nothing", left == "image and record")
+    assert (DEST.name in after, "nova_rbd_snap.ledger" in after) == (left != "nothing", left == "image and record")
     if left == "nothing":
         assert after == before
 

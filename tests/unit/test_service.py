@@ -11,29 +11,30 @@ import pytest
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.engine.service import Engine
+from nova_rbd_snap.ledger.job import copy_id
 from nova_rbd_snap.ledger.store import OBJECT, Ledger
 from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, Location
 from tests.fakes.cluster import FakeCluster
 from tests.fakes.engine import (
     BASE,
+    COPY,
     DEST,
     DISK,
     FROZEN,
     SERVER,
+    FakeImages,
     Reports,
     UntilFlattening,
+    clone,
     endless_disk,
+    freeze,
+    image,
     make_engine,
     populated,
 )
 
 BOUND_SECONDS = 30
 formats = pytest.mark.parametrize("clone_format", [1, 2])
-
-
-def clone(engine: Engine, report: Optional[Callable[[str, int, int], None]] = None, **changes: str) -> str:
-    arguments = {"image_id": DEST.name, "disk": DISK.name, "dest_pool": DEST.pool, **changes}
-    return engine.clone(**arguments, report=report or Reports())
 
 
 def in_thread(call: Callable[..., Any], *args: Any) -> Future[Any]:
@@ -85,11 +86,11 @@ def test_freeze_keeps_the_instant_until_rolled_back() -> None:
     cluster = populated()
     before = cluster.picture()
     engine = make_engine(cluster)
-    name = engine.freeze("copy", DISK.name, Reports())
+    name = freeze(engine)
     cluster.write(DISK, 0, b"later")
     assert cluster.content(DISK.snap(name)) == FROZEN
     cluster.write(DISK, 0, FROZEN[0])
-    assert engine.rollback("copy")
+    assert engine.rollback(COPY)
     assert cluster.picture() == before
 
 
@@ -420,36 +421,38 @@ def test_ready_job_of_an_earlier_engine(clone_format: int, call: str) -> None:
     [(2, step) for step in ("snap", "clone", "flatten", "seal")] + [(1, step) for step in ("snap", "protect", "clone")],
 )
 def test_late_engine_leaves_nothing(clone_format: int, step: str) -> None:
-    """An engine that goes on at any step after another one undid its job fails, and leaves nothing of its own."""
+    """An engine that goes on at any step after the next life's engine undid its job is cut off, and leaves nothing."""
     cluster = populated(clone_format)
     before = cluster.picture()
     report = Reports(hold_at=step)
     working = in_thread(clone, make_engine(cluster), report)
     assert report.reached.wait(BOUND_SECONDS)
-    assert make_engine(cluster).rollback(DEST.name)
+    make_engine(cluster, life="life-2", images=FakeImages(settles_as=False)).reclaim()
+    assert cluster.picture() == before
     report.go_on.set()
-    with pytest.raises((errors.Missing, errors.LedgerConflict)):
+    with pytest.raises(errors.Blocklisted) as caught:
         working.result(BOUND_SECONDS)
+    assert caught.value.undo_failures == []
     assert cluster.picture() == before
 
 
 def test_late_engine_leaves_the_record_to_its_new_owner() -> None:
     """Where another engine took the job over and could not undo all of it, the late one does not touch the record."""
-    cluster = populated()
+    cluster, images = populated(), FakeImages(settles_as=False)
     before = cluster.picture()
     report = Reports(hold_at="flatten")
     working = in_thread(clone, make_engine(cluster), report)
     assert report.reached.wait(BOUND_SECONDS)
     cluster.fail_on("remove", errors.NoPermission)
-    with pytest.raises(errors.SnapError, match="could not be undone"):
-        make_engine(cluster).rollback(DEST.name)
+    make_engine(cluster, life="life-2", images=images).reclaim()
     taken_over = records(cluster)
+    assert "life-2" in taken_over[DEST.name]
     report.go_on.set()
-    with pytest.raises(errors.SnapError) as caught:
+    with pytest.raises(errors.Blocklisted) as caught:
         working.result(BOUND_SECONDS)
     assert any("belongs to" in failure for failure in caught.value.undo_failures)
     assert records(cluster) == taken_over
-    assert make_engine(cluster).rollback(DEST.name)
+    make_engine(cluster, life="life-3", images=images).reclaim()
     assert cluster.picture() == before
 
 
@@ -481,8 +484,8 @@ def test_record_of_a_newer_release() -> None:
     with pytest.raises(errors.LedgerConflict):
         clone(engine)
     assert not engine.rollback(DEST.name)
-    clone(engine, image_id="another")
-    engine.finish("another")
+    clone(engine, image_id=image(1))
+    engine.finish(image(1))
     assert records(cluster) == {DEST.name: text}
 
 
@@ -535,12 +538,12 @@ def test_cancel_lets_the_disk_go(clone_format: int, then: str) -> None:
     others = ImageSpec("vms", "33333333-3333-4333-8333-333333333333_disk")
     cluster.create_disk(others)
     engine = make_engine(cluster)
-    engine.freeze("others", others.name, Reports())
+    freeze(engine, copy_id(image(1)), others.name)
     before = cluster.picture()
     clone(engine)
     ready = cluster.picture()
-    engine.freeze("ours", DISK.name, Reports())
-    assert engine.cancel(SERVER) == ["ours"]
+    freeze(engine)
+    assert engine.cancel(SERVER) == [COPY]
     assert cluster.snaps(DISK) == []
     after = cluster.picture()
     assert after["images"] == ready["images"]
@@ -556,23 +559,33 @@ def test_cancel_goes_on_after_trouble() -> None:
     """One job that cannot be undone does not keep the others on the disk that is about to be deleted."""
     cluster = populated()
     before = cluster.picture()
-    for job_id in ("one", "two"):
-        make_engine(cluster).freeze(job_id, DISK.name, Reports())
+    first, second = copy_id(image(1)), copy_id(image(2))
+    for job_id in (first, second):
+        freeze(make_engine(cluster), job_id)
     cluster.fail_on("remove_snap_by_id", errors.NoPermission)
-    with pytest.raises(errors.SnapError, match="one"):
+    with pytest.raises(errors.SnapError, match=first):
         make_engine(cluster).cancel(SERVER)
-    assert [job.id for job in Ledger(cluster, "vms").jobs()] == ["one"]
-    assert make_engine(cluster).cancel(SERVER) == ["one"]
+    assert [job.id for job in Ledger(cluster, "vms").read().jobs] == [first]
+    assert make_engine(cluster).cancel(SERVER) == [first]
     assert cluster.picture() == before
 
 
-def test_cancel_names_what_it_may_not_undo(caplog: pytest.LogCaptureFixture) -> None:
-    """What another host left on the disk stays, and the log says whose it is."""
-    cluster = populated()
-    make_engine(cluster, host="compute-2").freeze("theirs", DISK.name, Reports())
-    assert make_engine(cluster).cancel(SERVER) == []
-    assert "Job theirs of compute-2" in caplog.text
-    assert [job.id for job in Ledger(cluster, "vms").jobs()] == ["theirs"]
+def test_cancel_takes_over_what_another_host_left() -> None:
+    """The server is here now: whoever worked on its disk elsewhere is cut off, and its snapshot goes."""
+    cluster, theirs = populated(), []
+    before = cluster.picture()
+
+    def connect() -> FakeCluster:
+        theirs.append(cluster.another())
+        return theirs[-1]
+
+    freeze(make_engine(cluster, host="compute-2", connect=connect))
+    make_engine(cluster).cancel(SERVER)
+    assert cluster.snaps(DISK) == []
+    assert [connection.blocklisted for connection in theirs] == [True]
+    # The image record is another matter: it is not waited for while a server is being deleted.
+    make_engine(cluster, images=FakeImages(settles_as=False)).reclaim()
+    assert cluster.picture() == before
 
 
 def test_stopped_engine_takes_no_work() -> None:
@@ -590,46 +603,46 @@ def test_stopped_engine_takes_no_work() -> None:
 @pytest.mark.parametrize("registered", [True, False, None])
 def test_settle_after_nova_compute_died(clone_format: int, registered: Optional[bool]) -> None:
     """What awaited registration is finished if Glance uses it, undone if it does not, and kept if nobody can say."""
-    cluster = populated(clone_format)
-    before, asked = cluster.picture(), []
-
-    def ask(image_id: str, url: str) -> Optional[bool]:
-        asked.append((image_id, url))
-        return registered
-
-    engine = make_engine(cluster, registered=ask)
+    cluster, images = populated(clone_format), FakeImages(settles_as=registered)
+    before = cluster.picture()
+    engine = make_engine(cluster, images=images)
     url = clone(engine)
     ready = cluster.picture()
     engine.stop()
     engine.settle()
-    assert asked == [(DEST.name, url)]
+    assert images.asked[0] == (DEST.name, url)
     after = cluster.picture()
     if registered:
         assert after["images"] == ready["images"]
         assert after["vms"] == before["vms"]
+    elif registered is False:
+        assert after == before
     else:
-        assert after == (before if registered is False else ready)
+        assert after["images"] == ready["images"]
+        assert Ledger(cluster, "vms").load(DEST.name).orphaned
 
 
 @pytest.mark.parametrize("trouble", [errors.NotAuthorized, ZeroDivisionError])
 def test_settle_goes_on_after_trouble(trouble: type[Exception]) -> None:
     """A job that cannot be settled, for whatever reason, stays as it is and holds up no other; a freeze just goes."""
-    cluster = populated()
+    cluster, images = populated(), FakeImages(settles_as=False)
     before = cluster.picture()
 
-    def ask(image_id: str, url: str) -> bool:
-        if image_id == "image-1":
+    def settle(image_id: str, url: str) -> bool:
+        if image_id == image(1):
             raise trouble("no answer")
         return False
 
-    engine = make_engine(cluster, registered=ask)
-    clone(engine, image_id="image-1")
-    kept = cluster.picture()
-    clone(engine, image_id="image-2")
-    engine.freeze("image-3", DISK.name, Reports())
+    images.settle = settle  # type: ignore[method-assign]
+    engine = make_engine(cluster, images=images)
+    clone(engine, image_id=image(1))
+    kept = cluster.picture()["images"]
+    clone(engine, image_id=image(2))
+    freeze(engine, copy_id(image(3)))
     engine.settle()
-    assert cluster.picture() == kept
-    engine.rollback("image-1")
+    assert cluster.picture()["images"] == kept
+    assert [job.id for job in Ledger(cluster, "vms").read().jobs] == [image(1)]
+    engine.rollback(image(1))
     assert cluster.picture() == before
 
 
@@ -650,7 +663,7 @@ def test_many_at_once() -> None:
     """Snapshots of one disk run side by side, each whole."""
     cluster = populated()
     engine = make_engine(cluster)
-    names = [f"image-{number}" for number in range(8)]
+    names = [image(number) for number in range(8)]
     with ThreadPoolExecutor(len(names)) as pool:
         list(pool.map(lambda name: (clone(engine, image_id=name), engine.finish(name)), names))
     assert all(cluster.content(ImageSpec("images", name)) == FROZEN for name in names)

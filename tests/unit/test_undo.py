@@ -17,7 +17,7 @@ from nova_rbd_snap import errors
 from nova_rbd_snap.engine.service import Engine
 from nova_rbd_snap.ledger.store import OBJECT, Ledger
 from tests.fakes.cluster import HALF_MADE, FakeCluster
-from tests.fakes.engine import DEST, DISK, Reports, make_engine, populated
+from tests.fakes.engine import COPY, DEST, DISK, Reports, clone, freeze, make_engine, populated
 
 
 class Killed(BaseException):
@@ -35,18 +35,10 @@ class Way:
     start: Callable[[Engine, Reports], object]
 
 
-def _clone(engine: Engine, report: Reports) -> str:
-    return engine.clone(DEST.name, DISK.name, DEST.pool, report)
-
-
-def _freeze(engine: Engine, report: Reports) -> str:
-    return engine.freeze("copy", DISK.name, report)
-
-
 WAYS = [
-    Way("clone-2", 2, DEST.name, ("reserve", "snap", "clone", "flatten", "seal"), _clone),
-    Way("clone-1", 1, DEST.name, ("reserve", "snap", "protect", "clone", "flatten", "seal"), _clone),
-    Way("freeze", 2, "copy", ("reserve", "snap"), _freeze),
+    Way("clone-2", 2, DEST.name, ("reserve", "snap", "clone", "flatten", "seal"), clone),
+    Way("clone-1", 1, DEST.name, ("reserve", "snap", "protect", "clone", "flatten", "seal"), clone),
+    Way("freeze", 2, COPY, ("reserve", "snap"), lambda engine, report: freeze(engine, report=report)),
 ]
 CLONES = WAYS[:2]
 
@@ -249,7 +241,7 @@ def test_what_cannot_be_undone_is_in_the_ledger(way: Way) -> None:
     cluster = populated(way.clone_format)
     cluster.fail_on("remove", errors.NoPermission)
     error = failed_at_the_end(cluster, way)
-    (job,) = Ledger(cluster, DISK.pool).jobs()
+    (job,) = Ledger(cluster, DISK.pool).read().jobs
     assert (job.id, list(job.failures)) == (way.job_id, error.undo_failures)
     assert error.undo_failures[0].startswith("clone: ")
     assert error.undo_failures[0] in error.report()

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a snapshot has to do with the guest: it must answer, and may be held still for the one moment that counts.
+
+Every call into libvirt is bounded here, for libvirt itself waits for QEMU and its agent as long as they take.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from typing import Any, Callable, Optional
+
+from nova import exception
+from nova.compute import power_state
+from oslo_log import log as logging
+
+from nova_rbd_snap import errors
+from nova_rbd_snap.engine import Report
+from nova_rbd_snap.snapshot.steps import Snap
+
+LOG = logging.getLogger(__name__)
+
+#: How long QEMU's monitor may take to answer. A QEMU that does not for 30 s loses its disk to a ``snap create``.
+_ANSWER_SECONDS = 10
+#: How long the file systems are held still at most; Windows (VSS) lets go by itself after 10 s, and says nothing.
+_STILL_SECONDS = 9.0
+#: Of these, how long the guest's agent may take to freeze them.
+_FREEZE_SECONDS = 5
+#: So much before that a snapshot must be back to count.
+_MARGIN_SECONDS = 1.0
+#: An agent that says no at once has not frozen anything.
+_AT_ONCE_SECONDS = 1.0
+#: How long a guest that does not let go is told to.
+_THAW_SECONDS = 60
+#: libvirt's own: an agent's answer is waited for however long it takes (VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK).
+_AGENT_BLOCKS = -2
+
+#: QEMU processes that have not answered yet: one question is enough.
+_silent: set[str] = set()
+
+
+class Call:
+    """A call in a thread of its own, which may outlive anybody's patience for it."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+        self.error: Optional[Exception] = None
+        self._thread = threading.Thread(target=self._run, name="nova-rbd-snap-guest", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._call()
+        except Exception as error:  # raised to whoever still waits
+            self.error = error
+
+    def ended(self, seconds: float) -> bool:
+        """Whether it has come to an end after so many seconds at most."""
+        self._thread.join(max(seconds, 0))
+        return not self._thread.is_alive()
+
+
+class Guest:
+    """The guest of one snapshot request, through Nova's own driver."""
+
+    def __init__(self, driver: Any, context: Any, instance: Any, guest: Any) -> None:
+        self._driver = driver
+        self._context = context
+        self._instance = instance
+        self._guest = guest
+
+    def perform(self, engine: Any, job_id: str, report: Report) -> None:
+        """Let *engine* do a job whose first step takes the snapshot, once QEMU has answered and the guest is still.
+
+        :raises errors.GuestSilent: QEMU does not answer.
+        :raises errors.NotQuiesced: the image requires that the guest be still, and it was not.
+        """
+        if not self._is_on():
+            engine.perform(job_id, None, report)
+            return
+        self.ask()
+        required = self._driver._requires_quiesce(self._instance.image_meta)
+        with self._still(required) as stillness:
+            if stillness is None:
+                engine.perform(job_id, None, report)
+            else:
+                snap_before = stillness.deadline - _MARGIN_SECONDS if required else None
+                engine.perform(job_id, snap_before, functools.partial(stillness.report, report))
+
+    def _is_on(self) -> bool:
+        return self._guest.get_power_state(self._driver._host) in (power_state.RUNNING, power_state.PAUSED)
+
+    def ask(self) -> None:
+        """One question to the monitor of a guest that is on. :raises errors.GuestSilent: there is no answer."""
+        uuid = self._instance.uuid
+        if not self._is_on():
+            return
+        if uuid in _silent:
+            raise errors.GuestSilent("QEMU has not answered an earlier question yet")
+        _silent.add(uuid)
+
+        def ask() -> None:
+            try:
+                self._driver.block_stats(self._instance, _root_device(self._guest.get_xml_desc()))
+            finally:
+                _silent.discard(uuid)
+
+        call = Call(ask)
+        if not call.ended(_ANSWER_SECONDS):
+            raise errors.GuestSilent(f"QEMU does not answer its monitor within {_ANSWER_SECONDS} s")
+        if call.error is not None:
+            raise errors.GuestSilent(f"QEMU cannot be asked: {call.error}") from call.error
+
+    @contextlib.contextmanager
+    def _still(self, required: bool) -> Iterator[Optional[Stillness]]:
+        """Within the block the guest's file systems are held still, None where they are not; afterwards never."""
+        try:
+            self._driver._can_quiesce(self._instance, self._instance.image_meta)
+        except exception.NovaException as error:
+            if required:
+                raise errors.NotQuiesced(str(error)) from error
+            LOG.debug("The guest is not quiesced: %s", error, instance=self._instance)
+            yield None
+            return
+        stillness = Stillness(self._driver, self._context, self._instance, self._guest)
+        try:
+            failure = stillness.begin()
+            if failure and required:
+                raise errors.NotQuiesced(failure)
+            if failure:
+                LOG.info("The snapshot will be crash-consistent only: %s", failure, instance=self._instance)
+            yield stillness
+            if not failure and stillness.was_cut_short:
+                LOG.warning(
+                    "The snapshot is crash-consistent only: it took longer than the %.0f s a guest may be held still",
+                    _STILL_SECONDS, instance=self._instance,
+                )
+        finally:
+            stillness.end()
+
+
+class Stillness:
+    """A guest whose file systems are held still: from :meth:`begin` to :meth:`end`, and never for too long."""
+
+    def __init__(self, driver: Any, context: Any, instance: Any, guest: Any) -> None:
+        self._driver = driver
+        self._arguments = (context, instance, instance.image_meta)
+        self._guest = guest
+        self._lock = threading.Lock()
+        #: When the guest is let go at the latest, by the monotonic clock.
+        self.deadline = time.monotonic() + _STILL_SECONDS
+        self._patience: float = _THAW_SECONDS
+        self._ending: Optional[Call] = None
+        self._timer: Optional[threading.Timer] = None
+        #: Let go because time was up.
+        self.was_cut_short = False
+
+    def begin(self) -> str:
+        """Freeze; returns why that failed, or nothing."""
+        self._timer = threading.Timer(_STILL_SECONDS, self._cut_short)
+        self._timer.daemon = True
+        self._timer.start()
+        self._bound_agent(_FREEZE_SECONDS)
+        began, call = time.monotonic(), Call(lambda: self._driver.quiesce(*self._arguments))
+        if not call.ended(_FREEZE_SECONDS):
+            return f"the guest agent did not freeze the file systems within {_FREEZE_SECONDS} s"
+        if call.error is None:
+            return ""
+        if time.monotonic() - began < _AT_ONCE_SECONDS:
+            self._patience = 0
+        return f"the guest's file systems cannot be frozen: {call.error}"
+
+    def report(self, report: Report, step: str, done: int, total: int) -> None:
+        """Lets the guest go as soon as the snapshot is there."""
+        if step != Snap.name:
+            self.end()
+        report(step, done, total)
+
+    def _cut_short(self) -> None:
+        with self._lock:
+            self.was_cut_short = self._ending is None
+        self.end()
+
+    def end(self) -> None:
+        """Thaw, once and whatever became of the freeze: it may have happened although nobody heard of it."""
+        with self._lock:
+            if self._ending is not None:
+                return
+            self._ending = Call(self._thaw)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _thaw(self) -> None:
+        deadline = time.monotonic() + self._patience
+        while True:
+            try:
+                self._driver.unquiesce(*self._arguments)
+            except exception.InstanceNotFound:
+                return
+            except Exception as error:  # an agent that is late with the freeze blocks this one, too
+                if time.monotonic() >= deadline:
+                    if self._patience:
+                        LOG.error("The guest may still be frozen, for its file systems cannot be thawed: %s", error)
+                    return
+                time.sleep(1)
+            else:
+                self._bound_agent(_AGENT_BLOCKS)
+                return
+
+    def _bound_agent(self, seconds: int) -> None:
+        """Let libvirt give the agent up after so many seconds, lest no thaw ever gets past a freeze without answer."""
+        Call(lambda: self._guest._domain.agentSetResponseTimeout(seconds)).ended(_ANSWER_SECONDS)
+
+
+def _root_device(domain_xml: str) -> str:
+    """The guest's name of its first disk."""
+    target = ET.fromstring(domain_xml).find("./devices/disk/target")
+    if target is None:
+        raise errors.GuestSilent("the domain has no disk")
+    return str(target.get("dev"))
