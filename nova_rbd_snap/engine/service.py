@@ -261,6 +261,18 @@ class Engine:
         with self._connection() as cluster:
             return disks.remove_all(self._settings.pool, server, self._run(cluster, report))
 
+    def end(self, job_id: str) -> None:
+        """End a job on an operator's word, whoever's it is: exactly the client that worked on it is cut off first.
+
+        :raises errors.NoRecord: there is no such job.
+        :raises errors.InDoubt: as :func:`nova_rbd_snap.janitor.jobs.conclude`, as what follows.
+        :raises errors.SnapError: something could not be undone; the record says what.
+        """
+        with self._at_work(job_id), self._connection() as cluster:
+            ledger = self._ledger(cluster)
+            job = self._take_over(ledger.load(job_id), cluster)
+            jobs.conclude(job, ledger, self._run(cluster), self._images)
+
     # -- what earlier work left ----------------------------------------------------------------------------------
 
     def reclaim(self) -> None:
@@ -327,21 +339,22 @@ class Engine:
             return self._state.wait_for(lambda: not self._busy and not self._held, timeout_seconds)
 
     def settle(self) -> None:
-        """nova-compute is gone: end what it had the say about, as far as that can be known.
+        """nova-compute is gone: end what is left of its jobs, as far as that can be known.
 
         Not what another engine has taken over meanwhile: there is a new nova-compute, and it knows better.
         """
-        for job_id in sorted(self._held):
+        for job in self._ask(lambda cluster: self._ledger(cluster).read()).jobs:
             try:
-                with self._connection() as cluster:
-                    job = self._ledger(cluster).load(job_id)
-                    if self._is_of_this_life(job):
-                        job = self._ledger(cluster).advance(self._take_over(job, cluster), orphaned=True)
-                        jobs.conclude(job, self._ledger(cluster), self._run(cluster), self._images)
-            except errors.NoRecord:
-                continue
+                if self._is_of_this_life(job):
+                    with self._connection() as cluster:
+                        self._settle(job, cluster)
             except Exception as error:  # the next job may fare better
-                LOG.warning("Job %s stays in the ledger: %s", job_id, errors.known(error).report())
+                LOG.warning("Job %s stays in the ledger: %s", job.id, errors.known(error).report())
+
+    def _settle(self, job: Job, cluster: Cluster) -> None:
+        ledger = self._ledger(cluster)
+        job = ledger.advance(self._take_over(job, cluster), orphaned=True)
+        jobs.conclude(job, ledger, self._run(cluster), self._images)
 
     # -- helpers -------------------------------------------------------------------------------------------------
 

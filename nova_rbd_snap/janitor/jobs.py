@@ -102,7 +102,7 @@ def _is_registered(job: Job, run: saga.Run, ask: Ask) -> bool:
     answer, why = _ask_about(job, run, ask)
     if job.step == steps.READY and answer is not None:
         return answer
-    if answer or (answer is None and not _is_unfinished(job, run)):
+    if answer or (answer is None and not steps.is_unfinished(job, run)):
         raise errors.InDoubt(f"image {job.id} uses {job.dest}, or may come to, so it is kept{why and ': '}{why}")
     return False
 
@@ -113,13 +113,3 @@ def _ask_about(job: Job, run: saga.Run, ask: Ask) -> tuple[Optional[bool], str]:
         return ask(job.image_id, location(job, run)), ""
     except errors.GlanceError as error:
         return None, error.report()
-
-
-def _is_unfinished(job: Job, run: saga.Run) -> bool:
-    """Whether the rbd image is still a child of the job's own snapshot: nothing else can be."""
-    if job.dest is None:
-        return False
-    try:
-        return run.cluster.lookup(job.dest).parent == job.snap
-    except errors.Missing:
-        return False

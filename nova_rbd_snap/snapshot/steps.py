@@ -111,11 +111,7 @@ class Clone:
             return True
         if job.dest_id is not None:
             return info.id == job.dest_id
-        if info.parent is not None:
-            # An undo that removed the snapshot but not its clone left it in the trash, where it has another name.
-            in_trash = any(snap.trashed for snap in _frozen(job, run))
-            return info.parent == job.snap or (in_trash and info.parent.image == job.disk)
-        return not run.cluster.snaps(dest)
+        return is_unfinished(job, run) if info.parent is not None else not run.cluster.snaps(dest)
 
 
 class Flatten:
@@ -168,6 +164,18 @@ class Seal:
         for snap in snaps:
             if snap.name == GLANCE_SNAP:
                 remove_snap(dest.snap(GLANCE_SNAP), snap, run)
+
+
+def is_unfinished(job: Job, run: Run) -> bool:
+    """Whether the rbd image under the clone's name is a child of the job's own snapshot, which no other can be."""
+    dest = _dest(job)
+    try:
+        if run.cluster.lookup(dest).parent == job.snap:
+            return True
+        # In the trash, where an undo that could not remove the clone left it, the snapshot has another name.
+        return any(dest in run.cluster.children(job.disk, snap.id) for snap in _frozen(job, run) if snap.trashed)
+    except errors.Missing:
+        return False
 
 
 def _remove_frozen(job: Job, run: Run) -> None:
