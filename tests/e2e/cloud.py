@@ -58,7 +58,7 @@ SWITCHED_ON: Options = {
         # Nova's own copy may run beside others.
         "max_concurrent_snapshots": 5,
     },
-    "rbd_snap": {},
+    "rbd_snap": {"reclaim_interval": 3},
 }
 
 #: What puts the proxy of ``glance_proxy.py`` between nova-compute and Glance.
