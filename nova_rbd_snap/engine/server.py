@@ -98,6 +98,8 @@ class Server:
                 pool.submit(self._answer, engine, request)
             threading.Thread(target=_end_late, name="end", daemon=True).start()
             LOG.info("The engine ends")
+            if not self._terminated:
+                engine.orphan()
             engine.stop()
         if not self._terminated:
             engine.settle()
@@ -109,7 +111,8 @@ class Server:
         next call starts another engine.
         """
         engine.stop()
-        self._terminated = not engine.wait_until_idle(_TAKE_SECONDS)
+        engine.wait_until_idle(_TAKE_SECONDS)
+        self._terminated = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD)
 

@@ -77,6 +77,7 @@ class Engine:
         self._fenced: set[str] = set()
         self._told: dict[str, str] = {}
         self._stopping = False
+        self._orphaned = False
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
@@ -172,6 +173,7 @@ class Engine:
                     cluster,
                     report,
                     cancelled=lambda: self._stopping or work.cancelled.is_set() or job_id not in self._held,
+                    orphaned=lambda: self._orphaned,
                     too_late=lambda: snap_before is not None and time.monotonic() > snap_before,
                 )
                 self._perform(job, self._ledger(cluster), run)
@@ -332,6 +334,10 @@ class Engine:
                 work.cancelled.set()
             self._state.notify_all()
             self._state.wait_for(lambda: not self._busy)
+
+    def orphan(self) -> None:
+        """nova-compute is gone: nobody but us looks after the image records of its requests. :meth:`settle` does."""
+        self._orphaned = True
 
     def wait_until_idle(self, timeout_seconds: float) -> bool:
         """Wait until nova-compute has finished or rolled back all that is ready for it; False if it has not."""

@@ -28,7 +28,7 @@ def remove_all(pool: str, server: str, run: Run) -> list[str]:
 
     :param server: uuid, which the names of its disks, and of no other's, begin with.
     """
-    left = []
+    left: list[str] = []
     for name in run.cluster.images(pool):
         if name.startswith(f"{server}_"):
             try:

@@ -65,7 +65,7 @@ def conclude(job: Job, ledger: Ledger, run: saga.Run, images: Images) -> None:
     if not failures:
         answer, why = _ask_about(job, run, ask)
         if answer is None:
-            failures[steps.RECORD] = f"image {job.image_id} may wait for ever for its data; {why or _DELETE}"
+            failures[saga.RECORD] = f"image {job.image_id} may wait for ever for its data; {why or _DELETE}"
     _close(job, failures, ledger)
 
 
@@ -83,7 +83,7 @@ def undo(job: Job, ledger: Ledger, run: saga.Run) -> None:
 def _close(job: Job, failures: dict[str, str], ledger: Ledger) -> None:
     sentences = saga.close(job, failures, ledger)
     if sentences:
-        kind = errors.InDoubt if list(failures) == [steps.RECORD] else errors.SnapError
+        kind = errors.InDoubt if list(failures) == [saga.RECORD] else errors.SnapError
         error = kind(f"job {job.id} could not be undone")
         error.undo_failures = sentences
         raise error

@@ -58,9 +58,9 @@ def _take(engine: Engine, job_id: str, reserve: Callable[[], str], perform: Perf
         perform(job_id, report)
     except Exception as cause:
         # The engine undoes its own failures, and then knows no such job; but not what went wrong around its work.
-        error = errors.known(cause)
-        undo(engine, job_id, error)
-        raise error from cause.__cause__ if error is cause else cause
+        failed = errors.known(cause)
+        undo(engine, job_id, failed)
+        raise failed from cause.__cause__ if failed is cause else cause
     return result
 
 

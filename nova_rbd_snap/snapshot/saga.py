@@ -19,6 +19,9 @@ from nova_rbd_snap.ledger.store import Ledger
 
 LOG = logging.getLogger(__name__)
 
+#: Name of the state in which all is undone, but for the Glance record of a request that died: it still waits for data.
+RECORD = "record"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -26,12 +29,14 @@ class Run:
 
     :ivar report: told the step's name, bytes done and bytes in all, whenever there is progress.
     :ivar cancelled: true once the work shall stop.
+    :ivar orphaned: true once the nova-compute that asked for the image is no more.
     :ivar too_late: true once a snapshot is of no use any more: the guest was quiesced for it, and is so no longer.
     """
 
     cluster: Cluster
     report: Callable[[str, int, int], None]
     cancelled: Callable[[], bool] = lambda: False
+    orphaned: Callable[[], bool] = lambda: False
     too_late: Callable[[], bool] = lambda: False
 
 
@@ -69,7 +74,10 @@ def perform(job: Job, steps: Sequence[Step], final: str, ledger: Ledger, run: Ru
             error = errors.known(cause)
             error.step = step.name
             happened = count - 1 if isinstance(error, errors.AlreadyThere) else count
-            error.undo_failures += close(job, undo(job, steps[:happened], run), ledger)
+            failures = undo(job, steps[:happened], run)
+            if not failures and run.orphaned():
+                failures = {RECORD: f"image {job.image_id} may wait for ever for its data"}
+            error.undo_failures += close(job, failures, ledger)
             raise error from cause.__cause__ if error is cause else cause
     return job
 
@@ -99,7 +107,7 @@ def close(job: Job, failures: Mapping[str, str], ledger: Ledger) -> list[str]:
         _close(job, next(iter(failures), job.step), sentences, ledger)
     except errors.SnapError as error:
         sentences.append(f"ledger: {error}")
-    if tuple(sentences) != job.failures:
+    if tuple(sentences) != job.failures and list(failures) != [RECORD]:
         for sentence in sentences:
             LOG.warning("Job %s: could not undo %s", job.id, sentence)
     return sentences

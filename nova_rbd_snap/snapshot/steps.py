@@ -17,15 +17,12 @@ import tenacity
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import SnapInfo
 from nova_rbd_snap.ledger.job import CLONE, FREEZE, Job
-from nova_rbd_snap.snapshot.saga import Run, Step
+from nova_rbd_snap.snapshot.saga import RECORD, Run, Step
 from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, SnapSpec
 
 #: Name of the point after the last step: the image awaits its registration with Glance, or the frozen snapshot its
 #: reader. What follows is not the saga's to decide.
 READY = "ready"
-
-#: Name of the state in which all is undone, but for the Glance record of a request that died: it still waits for data.
-RECORD = "record"
 
 #: A client that died keeps its watch, and so the rbd image, for 30 s (Ceph: osd_client_watch_timeout).
 _DEAD_WATCH_SECONDS = 40

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import struct
 import threading
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any, Optional
 
 import pytest
 import rbd
-from cloud import GIB, MIB, PREFIX, SNAPSHOTS, THROUGH_PROXY, Cloud, Log, eventually, run
+from cloud import GIB, MIB, PREFIX, SNAPSHOTS, THROUGH_PROXY, Cloud, Log, Options, eventually, run
 
 from tests.fakes.glance_proxy import GlanceProxy
 
@@ -300,38 +299,31 @@ class LibvirtDriver(driver.LibvirtDriver):
 """
 
 
-@pytest.fixture
-def rbd_alone(cloud: Cloud) -> Iterator[None]:
-    """nova-compute runs with Nova's own driver and our Rbd class."""
-    package = cloud.nova_folder("nova.virt") / "rbd_alone"
-    package.mkdir()
-    (package / "__init__.py").write_text(RBD_ALONE)
-    cloud.clean_up.callback(shutil.rmtree, package)
-    cloud.configure({"DEFAULT": {"compute_driver": "rbd_alone.LibvirtDriver"}})
-    yield
-    cloud.configure()
+@pytest.fixture(scope="module")
+def rbd_alone(whole_cloud: Cloud) -> Iterator[Options]:
+    """What makes nova-compute run with Nova's own driver and our Rbd class."""
+    with whole_cloud.stand_in_driver("rbd_alone", RBD_ALONE) as options:
+        yield options
 
 
-@pytest.mark.usefixtures("rbd_alone")
-def test_rbd_class_alone(cloud: Cloud, server: Any) -> None:
-    """Nova's own driver registers what our class clones; that the job is over shows when nova-compute ends."""
+def test_rbd_class_alone(cloud: Cloud, server: Any, rbd_alone: Options) -> None:
+    """Nova's own driver registers what our class clones; that the job is over shows in Glance's record."""
+    cloud.configure(rbd_alone)
     digest, interruptions = cloud.disk_digest(server), cloud.guests.interruptions(server.id)
     image_id = cloud.request(server)
     cloud.settled(server)
     eventually(lambda: cloud.image(image_id).status == "active", "the image is active")
     assert cloud.image_digest(image_id) == digest
     assert cloud.guests.interruptions(server.id) == interruptions
-    assert list(cloud.ceph.ledger(cloud.vms)) == [image_id]
-    cloud.restart_nova_compute()
     eventually(lambda: cloud.ceph.ledger(cloud.vms) == {}, "the engine closed the job")
     assert cloud.image_digest(image_id) == digest
 
 
-@pytest.mark.usefixtures("rbd_alone")
-def test_rbd_class_alone_is_refused(cloud: Cloud, server: Any, proxy: GlanceProxy, log: Log) -> None:
+def test_rbd_class_alone_is_refused(
+    cloud: Cloud, server: Any, proxy: GlanceProxy, log: Log, rbd_alone: Options
+) -> None:
     """What Glance does not take is removed when Nova tells our class so; the request then fails, as Nova's do."""
-    hurried = {"rbd_snap": {"operation_timeout": 10}}
-    cloud.configure({"DEFAULT": {"compute_driver": "rbd_alone.LibvirtDriver"}}, THROUGH_PROXY, hurried)
+    cloud.configure(rbd_alone, THROUGH_PROXY, {"rbd_snap": {"operation_timeout": 10}})
     before = cloud.picture()
     proxy.break_(lambda request: request.registers, status=403)
     cloud.failed_snapshot(server, cloud.request(server))

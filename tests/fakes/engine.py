@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Iterable
+from concurrent.futures import Future
 from typing import Any, Callable, Optional
 
 from nova_rbd_snap.conf import Settings
@@ -133,6 +134,20 @@ def freeze(engine: Any, job_id: str = COPY, disk: str = DISK.name, report: Optio
     snap = engine.reserve_freeze(job_id, disk)
     engine.perform(job_id, None, report or Reports())
     return str(snap)
+
+
+def in_thread(call: Callable[..., Any], *args: Any) -> Future[Any]:
+    """What *call* comes to; a thread that hangs does not keep the tests from ending."""
+    future: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call(*args))
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def image(number: int) -> str:

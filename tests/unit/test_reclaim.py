@@ -23,6 +23,7 @@ from tests.fakes.engine import (
     clone,
     freeze,
     image,
+    in_thread,
     make_engine,
     populated,
 )
@@ -190,6 +191,33 @@ def test_glance_that_cannot_be_asked_is_named(caplog: pytest.LogCaptureFixture) 
     assert "lacks the role 'admin'" in record.getMessage()
 
 
+@formats
+@pytest.mark.parametrize("settles_as", [False, None])
+def test_nova_compute_dies_while_its_engine_works(clone_format: int, settles_as: Optional[bool]) -> None:
+    """The engine stops, undoes its work, and sees to the image record that nobody else would delete; where Glance
+    cannot be asked the next life's engine does."""
+    cluster = populated(clone_format)
+    before = cluster.picture()
+    images = FakeImages(settles_as=settles_as)
+    engine, report = make_engine(cluster, images=images), Reports(hold_at="flatten")
+    working = in_thread(clone, engine, report)
+    assert report.reached.wait(30)
+    engine.orphan()
+    stopping = threading.Thread(target=engine.stop, daemon=True)
+    stopping.start()
+    report.go_on.set()
+    stopping.join(30)
+    with pytest.raises(errors.Cancelled):
+        working.result(30)
+    engine.settle()
+    assert [image_id for image_id, _ in images.asked] == [DEST.name]
+    if settles_as is None:
+        assert jobs(cluster) == [DEST.name]
+        assert Ledger(cluster, "vms").load(DEST.name).step == "record"
+        next_engine(cluster, False).reclaim()
+    assert cluster.picture() == before
+
+
 # -- nova-compute lives ------------------------------------------------------------------------------------------------
 
 
@@ -198,12 +226,11 @@ def test_what_nova_compute_has_the_say_about_is_left_alone() -> None:
     cluster = populated()
     report = Reports(hold_at="flatten")
     engine = make_engine(cluster, images=FakeImages(uses_it=False, settles_as=False))
-    working = threading.Thread(target=clone, args=[engine, report], daemon=True)
-    working.start()
+    working = in_thread(clone, engine, report)
     assert report.reached.wait(30)
     engine.reclaim()
     report.go_on.set()
-    working.join(30)
+    working.result(30)
     ready = cluster.picture()
     engine.reclaim()
     make_engine(cluster, held=[DEST.name], images=FakeImages(uses_it=False, settles_as=False)).reclaim()
@@ -245,7 +272,7 @@ def test_failed_undo_is_done_again() -> None:
 
 
 def test_what_was_undone_is_not_looked_for_again() -> None:
-    """The clone is gone, only its snapshot was not: an image that Nova's own copy makes of that name meanwhile stays."""
+    """The clone is gone, only its snapshot is not: an image that Nova's own copy makes of its name meanwhile stays."""
     cluster = populated()
     cluster.fail_on("clone", errors.CephError)
     cluster.fail_on("remove_snap_by_id", errors.NoPermission)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Optional
 
 import pytest
@@ -29,26 +29,13 @@ from tests.fakes.engine import (
     endless_disk,
     freeze,
     image,
+    in_thread,
     make_engine,
     populated,
 )
 
 BOUND_SECONDS = 30
 formats = pytest.mark.parametrize("clone_format", [1, 2])
-
-
-def in_thread(call: Callable[..., Any], *args: Any) -> Future[Any]:
-    """What *call* comes to; a thread that hangs does not keep the tests from ending."""
-    future: Future[Any] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(call(*args))
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return future
 
 
 def records(cluster: FakeCluster) -> dict[str, str]:
@@ -409,9 +396,9 @@ def test_ready_job_of_an_earlier_engine(clone_format: int, call: str) -> None:
         getattr(first if engines == 1 else make_engine(cluster), call)(DEST.name)
     pictures = [cluster.picture() for cluster in worlds]
     for picture in pictures:
-        for image in picture["images"]["images"].values():
-            del image["id"]  # counted by connections, too
-            image["snaps"] = [snap[1:] for snap in image["snaps"]]
+        for found in picture["images"]["images"].values():
+            del found["id"]  # counted by connections, too
+            found["snaps"] = [snap[1:] for snap in found["snaps"]]
         del picture["vms"]["images"][DISK.name]["id"]
     assert pictures[0] == pictures[1]
 
