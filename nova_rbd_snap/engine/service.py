@@ -58,7 +58,7 @@ class Engine:
     ) -> None:
         """
         :param owner: the owner of this engine's jobs, given the address of its client.
-        :param held: ids of the jobs that an earlier engine did for the same nova-compute, which still has the say about.
+        :param held: ids of the jobs of the same nova-compute's earlier engine, which it still has the say about.
         :param connect: makes a new connection to the cluster.
         :param images: Glance, asked with the service's own credentials.
         """
@@ -166,8 +166,10 @@ class Engine:
         """
         try:
             job = self._reserved.pop(job_id, None)
+            if job is None and job_id not in self._held:
+                raise errors.Cancelled(f"job {job_id} was given up before it began")
             if job is None:
-                raise errors.LedgerConflict(f"job {job_id} was not reserved by this engine")
+                raise errors.LedgerConflict(f"job {job_id} was reserved by another engine, which is gone")
             with self._connection() as cluster, self._at_work(job_id, job.disk.name) as work:
                 run = saga.Run(
                     cluster,

@@ -17,8 +17,8 @@ from nova_rbd_snap.snapshot import steps
 from nova_rbd_snap.snapshot.saga import Run
 from nova_rbd_snap.specs import ImageSpec
 
-#: Stock Nova calls the snapshot of a direct snapshot by 32 hex digits (LibvirtDriver.snapshot) and leaks it (Nova facts in
-#: ``docs/design/clone.rst``); the other one is of a resize (rbd_utils.RESIZE_SNAPSHOT_NAME), removed with the disk by Nova, too.
+#: What stock Nova calls a disk's snapshot (32 hex digits, LibvirtDriver.snapshot) and leaks on nearly every fault; and the
+#: one of a resize (rbd_utils.RESIZE_SNAPSHOT_NAME), which Nova, too, removes with the disk.
 STOCK_SNAP = re.compile(r"[0-9a-f]{32}")
 _RESIZE_SNAP = "nova-resize"
 
@@ -53,7 +53,7 @@ def _remove(disk: ImageSpec, run: Run) -> Iterator[str]:
     except errors.Busy:
         # A watcher that outlives a dead client's 30 s: the name is freed at least.
         run.cluster.trash(disk)
-        yield f"{disk} was moved to the trash of pool {disk.pool}, for somebody still has it open; 'rbd trash rm' removes it"
+        yield f"{disk} is in the trash of its pool, for somebody has it open; 'rbd trash rm' removes it when they are gone"
 
 
 def _snaps(disk: ImageSpec, run: Run) -> list[SnapInfo]:
@@ -68,7 +68,11 @@ def _free(disk: ImageSpec, snap: SnapInfo, run: Run) -> Iterator[str]:
     children = run.cluster.children(disk, snap.id)
     if children:
         yield f"snapshot {snap.name} with its clones {', '.join(map(str, children))}"
-    elif snap.name.startswith(SNAP_PREFIX) or STOCK_SNAP.fullmatch(snap.name) or snap.name == _RESIZE_SNAP or snap.trashed:
+    elif snap.trashed or _is_nobodys(snap.name):
         steps.remove_snap(disk.snap(snap.name), snap, run)
     else:
         yield f"snapshot {snap.name}"
+
+
+def _is_nobodys(name: str) -> bool:
+    return name == _RESIZE_SNAP or name.startswith(SNAP_PREFIX) or bool(STOCK_SNAP.fullmatch(name))

@@ -104,7 +104,7 @@ def _leave(engine: Engine, image_id: str) -> None:
     try:
         engine.leave(image_id)
     except errors.SnapError as error:
-        LOG.warning("Image %s is in doubt, and its job may stay so until nova-compute ends: %s", image_id, error.report())
+        LOG.warning("Image %s may stay in doubt until nova-compute ends: %s", image_id, error.report())
 
 
 def undo(engine: Engine, job_id: str, error: errors.SnapError) -> None:

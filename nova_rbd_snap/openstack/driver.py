@@ -194,7 +194,7 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
                         context, live_snapshot, original_power_state, instance, guest
                     )
                 except Exception as error:  # what went wrong before it is what counts
-                    LOG.error("The guest was suspended for its copy and cannot be resumed: %s", error, instance=instance)
+                    LOG.error("Suspended for its copy, the guest cannot be resumed: %s", error, instance=instance)
 
     def _suspend_guest_for_snapshot(
         self, context: Any, live_snapshot: bool, current_power_state: int, instance: Any

@@ -8,6 +8,7 @@ removes the former; or never, because it was killed.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import sys
 import time
@@ -16,8 +17,8 @@ from typing import Any, Callable
 WANTED = pathlib.Path("/run/nova-rbd-snap-wanted")
 REACHED = pathlib.Path("/run/nova-rbd-snap-reached")
 
-#: What is called at each boundary. The engine's: before each of its steps, and when all are done. nova-compute's: before
-#: the location is sent, after it was sent, and when the image is active.
+#: The boundaries of steps. The engine's: before each of its steps, and when all are done. nova-compute's: before the
+#: location is sent, after it was sent, and when the image is active.
 ENGINES = ("snap", "clone", "flatten", "seal", "ready")
 NOVAS = ("register", "wait", "finish")
 
@@ -80,8 +81,8 @@ def in_engine() -> None:
     perform = saga.perform
 
     def held(job: Any, steps: Any, final: str, ledger: Any, run: Any) -> Any:
-        holding = saga.Run(run.cluster, before(run.report, lambda step, *_: step), run.cancelled, run.too_late)
-        done = perform(job, steps, final, ledger, holding)
+        report = before(run.report, lambda step, *_: step)
+        done = perform(job, steps, final, ledger, dataclasses.replace(run, report=report))
         hold("ready")
         return done
 

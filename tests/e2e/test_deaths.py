@@ -268,7 +268,7 @@ def test_token_expires(cloud: Cloud, server: Any, trusted: bool) -> None:
 
 
 def test_location_lost_on_its_way(cloud: Cloud, server: Any, proxy: GlanceProxy, log: Log) -> None:
-    """Nobody can know whether the location will still arrive: the data is kept, told, and goes once Glance's record does."""
+    """Nobody can know whether the location will still arrive: the data is kept, told, and goes with Glance's record."""
     before = cloud.picture()
     proxy.break_(lambda request: request.registers, held=True)
     image_id = cloud.request(server)
