@@ -17,8 +17,8 @@ from nova_rbd_snap.snapshot import steps
 from nova_rbd_snap.snapshot.saga import Run
 from nova_rbd_snap.specs import ImageSpec
 
-#: What stock Nova calls a disk's snapshot (32 hex digits, LibvirtDriver.snapshot) and leaks on nearly every fault; and the
-#: one of a resize (rbd_utils.RESIZE_SNAPSHOT_NAME), which Nova, too, removes with the disk.
+#: What stock Nova calls a disk's snapshot (32 hex digits, LibvirtDriver.snapshot) and leaks on nearly every fault; and
+#: the one of a resize (rbd_utils.RESIZE_SNAPSHOT_NAME), which Nova, too, removes with the disk.
 STOCK_SNAP = re.compile(r"[0-9a-f]{32}")
 _RESIZE_SNAP = "nova-resize"
 
@@ -53,7 +53,7 @@ def _remove(disk: ImageSpec, run: Run) -> Iterator[str]:
     except errors.Busy:
         # A watcher that outlives a dead client's 30 s: the name is freed at least.
         run.cluster.trash(disk)
-        yield f"{disk} is in the trash of its pool, for somebody has it open; 'rbd trash rm' removes it when they are gone"
+        yield f"{disk} is in the trash of its pool, for somebody has it open; 'rbd trash rm' removes it after that"
 
 
 def _snaps(disk: ImageSpec, run: Run) -> list[SnapInfo]:

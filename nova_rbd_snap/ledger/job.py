@@ -137,7 +137,7 @@ class Job:
             ("data_pool", self.data_pool, (str, type(None))),
         ):
             if not isinstance(value, kind):
-                raise ValueError(f"{name} is {value!r}")
+                raise TypeError(f"{name} is {value!r}")
         if self.kind not in _IDS or self.clone_format not in (1, 2):
             raise ValueError(f"kind {self.kind!r} in format {self.clone_format!r}")
         if not _IDS[self.kind].fullmatch(self.id):

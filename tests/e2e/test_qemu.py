@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QEMU that hangs, dies, or ends amid a snapshot; and libvirt that restarts."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from cloud import Cloud, Log, eventually, run
+from test_clone import assert_cloned
+
+
+@pytest.fixture(autouse=True)
+def configured(cloud: Cloud) -> None:
+    cloud.configure()
+
+
+def qemu_of(server: Any) -> int:
+    """Process id of the server's QEMU."""
+    for entry in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        words = entry.read_bytes().split(b"\0")
+        if b"qemu-system" in words[0] and server.id.encode() in words:
+            return int(entry.parent.name)
+    raise AssertionError(f"no QEMU of {server.id}")
+
+
+@pytest.fixture
+def frozen(cloud: Cloud) -> Iterator[Any]:
+    """A server whose QEMU is stopped; it goes on after the test."""
+    server = cloud.boot()
+    qemu = qemu_of(server)
+    os.kill(qemu, signal.SIGSTOP)
+    yield server
+    os.kill(qemu, signal.SIGCONT)
+
+
+@pytest.mark.core
+def test_frozen_qemu_keeps_its_disk(cloud: Cloud, frozen: Any, log: Log) -> None:
+    """No snapshot on any rung; when it wakes it still has its disk, and the next snapshot is as ever."""
+    before = cloud.picture()
+    image_id = cloud.request(frozen)
+    line = log.has(f"ERROR nova_rbd_snap.*Snapshot to image {image_id} failed")
+    assert "QEMU does not answer" in line
+    cloud.failed_snapshot(frozen, image_id)
+    assert cloud.picture() == before
+    assert not log.lines("copied in full")
+    os.kill(qemu_of(frozen), signal.SIGCONT)
+    blocklist = run("ceph", "osd", "blocklist", "ls")
+    eventually(lambda: cloud.guests.state(frozen.id) == 1, "the guest runs")
+    log = Log()
+    image = cloud.snapshot(frozen)
+    assert_cloned(cloud, log, frozen, image)
+    assert run("ceph", "osd", "blocklist", "ls") == blocklist
+
+
+@pytest.mark.parametrize("how", ["crash", "shutdown"])
+def test_guest_ends_amid_its_snapshot(cloud: Cloud, how: str) -> None:
+    """The image is whole all the same, and the disk is as before."""
+    server = cloud.boot()
+    digest = cloud.disk_digest(server)
+    image_id = cloud.request(server)
+    if how == "crash":
+        os.kill(qemu_of(server), signal.SIGKILL)
+    else:
+        run("virsh", "destroy", server.id)
+    eventually(lambda: cloud.image(image_id) is None or cloud.image(image_id).status == "active", "it ends")
+    eventually(lambda: cloud.server(server).task_state is None, "no task is left")
+    if cloud.image(image_id) is not None:
+        assert cloud.image_digest(image_id) == digest
+    eventually(lambda: cloud.ceph.ledger(cloud.vms) == {}, "no job is left")
+    assert cloud.disk_digest(server) == digest
+
+
+def test_libvirtd_restarts_amid_a_snapshot(cloud: Cloud, server: Any) -> None:
+    """The guest runs on, and the request ends in an image or in a clean failure."""
+    before, digest = cloud.picture(), cloud.disk_digest(server)
+    interruptions = cloud.guests.interruptions(server.id)
+    image_id = cloud.request(server)
+    run("supervisorctl", "restart", "libvirtd")
+    cloud.settled(server)
+    image = cloud.image(image_id)
+    if image is not None:
+        assert image.status == "active"
+        assert cloud.image_digest(image_id) == digest
+        cloud.delete_image(image_id)
+    cloud.unchanged(before)
+    assert cloud.guests.interruptions(server.id) == interruptions
