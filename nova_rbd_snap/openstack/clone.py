@@ -26,36 +26,34 @@ class Engine(Protocol):
     def leave(self, job_id: str) -> None: ...
 
 
-#: Does a reserved job; told its id and whom to report to.
-Perform = Callable[[str, Report], None]
+#: Does a reserved job, told its id: as a rule ``engine.perform``, with what is to be done about the guest around it.
+Perform = Callable[[str], None]
 
 
-def make(engine: Engine, image_id: str, disk: str, dest_pool: str, perform: Perform, report: Report) -> str:
+def make(engine: Engine, image_id: str, disk: str, dest_pool: str, perform: Perform) -> str:
     """Clone *disk* into *dest_pool* as *image_id*; returns the location, which :func:`register` is to be given next.
 
-    :param perform: as a rule ``engine.perform``, with what is to be done about the guest around it.
     :raises errors.SnapError: nothing is left of the attempt but what ``undo_failures`` says.
     """
-    return _take(engine, image_id, lambda: engine.reserve_clone(image_id, disk, dest_pool), perform, report)
+    return _take(engine, image_id, lambda: engine.reserve_clone(image_id, disk, dest_pool), perform)
 
 
-def freeze(engine: Engine, job_id: str, disk: str, perform: Perform, report: Report) -> str:
+def freeze(engine: Engine, job_id: str, disk: str, perform: Perform) -> str:
     """Take a snapshot of *disk* for a full copy to read; returns its name. ``engine.rollback`` removes it.
 
-    :param perform: as for :func:`make`.
     :raises errors.SnapError: as :func:`make`.
     """
-    return _take(engine, job_id, lambda: engine.reserve_freeze(job_id, disk), perform, report)
+    return _take(engine, job_id, lambda: engine.reserve_freeze(job_id, disk), perform)
 
 
-def _take(engine: Engine, job_id: str, reserve: Callable[[], str], perform: Perform, report: Report) -> str:
+def _take(engine: Engine, job_id: str, reserve: Callable[[], str], perform: Perform) -> str:
     try:
         result = reserve()
     except errors.EngineLost as error:
         undo(engine, job_id, error)
         raise
     try:
-        perform(job_id, report)
+        perform(job_id)
     except Exception as cause:
         # The engine undoes its own failures, and then knows no such job; but not what went wrong around its work.
         failed = errors.known(cause)

@@ -20,7 +20,6 @@ from nova.virt import images as nova_images
 from nova.virt.libvirt import imagebackend
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.engine import Report
 from nova_rbd_snap.openstack import clone, images, process, registration
 from nova_rbd_snap.openstack.glance import Glance
 
@@ -57,6 +56,10 @@ def making_full_copy(copy: FullCopy) -> Iterator[None]:
         _full_copy.reset(token)
 
 
+def _unheard(step: str, done: int, total: int) -> None:
+    """For progress that nobody follows."""
+
+
 class Rbd(imagebackend.Rbd):
     """A server's disk in Ceph."""
 
@@ -64,16 +67,15 @@ class Rbd(imagebackend.Rbd):
     _handed_over: Optional[tuple[Glance, str, str]] = None
 
     def clone_to_glance(
-        self, glance: Glance, image_id: str, base_image_id: Optional[str], perform: clone.Perform, report: Report
+        self, glance: Glance, image_id: str, base_image_id: Optional[str], perform: clone.Perform
     ) -> str:
         """Clone the disk into Glance's pool as *image_id*; returns the location to register.
 
-        :param perform: see :func:`nova_rbd_snap.openstack.clone.make`.
         :raises errors.SnapError: as :func:`nova_rbd_snap.openstack.clone.make`.
         """
         engine = process.engine()
         pool = images.destination_pool(glance, engine.describe(self.rbd_name), base_image_id)
-        return clone.make(engine, image_id, self.rbd_name, pool, perform, report)
+        return clone.make(engine, image_id, self.rbd_name, pool, perform)
 
     def direct_snapshot(
         self, context: Any, snapshot_name: str, image_format: str, image_id: str, base_image_id: Optional[str]
@@ -97,11 +99,7 @@ class Rbd(imagebackend.Rbd):
         try:
             glance = images.glance_for(context)
             url = self.clone_to_glance(
-                glance,
-                image_id,
-                base_image_id,
-                lambda job_id, report: engine.perform(job_id, None, report),
-                lambda step, done, total: None,
+                glance, image_id, base_image_id, lambda job_id: engine.perform(job_id, None, _unheard)
             )
             # Nova registers it, and never says so: from now on Glance's record is what counts.
             engine.leave(image_id)

@@ -6,14 +6,17 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import threading
+import uuid
 from typing import Optional
 
 import nova.conf
+from oslo_log import log as logging
 
 from nova_rbd_snap import conf
 from nova_rbd_snap.engine.client import EngineClient
 
 CONF = nova.conf.CONF
+LOG = logging.getLogger(__name__)
 conf.register(CONF)
 
 #: A librbd call takes up to five times operation_timeout to fail, and waits about 31 s for a dead lock owner whatever
@@ -52,12 +55,17 @@ def _config_arguments() -> list[str]:
 
 def _machine() -> str:
     """What tells this machine from another of the same host name, in another cloud or cell on the same pool."""
+    found = ""
     with contextlib.suppress(ImportError):  # Nova before 27 has no such id
         from nova.virt import node
 
-        found = node.read_local_node_uuid()
-        if found:
-            return str(found)
+        found = node.read_local_node_uuid() or ""
+    if found:
+        return str(found)
     with contextlib.suppress(OSError):
-        return pathlib.Path("/etc/machine-id").read_text(encoding="ascii").strip()
-    return "unknown"
+        found = pathlib.Path("/etc/machine-id").read_text(encoding="ascii").strip()
+    if not found:
+        # Better nobody's than also another's: what this life leaves, no later one will take for its own.
+        LOG.warning("This machine has no id (/etc/machine-id): jobs that nova-compute leaves stay in the ledger")
+        return str(uuid.uuid4())
+    return found

@@ -17,7 +17,8 @@ import pytest
 
 pytest.register_assert_rewrite("cloud")  # before it is imported, or its assertions do not show what they compared
 
-from cloud import GLANCE_CONF, NOVA_CONF, PROXY_PORT, Cloud, Log, run  # noqa: E402
+from breakpoints import REACHED, SHIM, WANTED  # noqa: E402
+from cloud import GLANCE_CONF, NOVA_CONF, PROXY_PORT, Cloud, Log, Options, eventually, run  # noqa: E402
 
 from tests import monitor  # noqa: E402
 from tests.fakes.glance_proxy import GlanceProxy  # noqa: E402
@@ -25,6 +26,7 @@ from tests.fakes.glance_proxy import GlanceProxy  # noqa: E402
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "core: the subset that tells most in the least time")
+    config.addinivalue_line("markers", "slow: only for the fault report")
 
 
 @pytest.fixture(scope="session")
@@ -89,3 +91,38 @@ def proxy(glance_proxy: GlanceProxy) -> Iterator[GlanceProxy]:
     """A proxy to Glance, honest until the test says otherwise; see ``cloud.THROUGH_PROXY``."""
     yield glance_proxy
     glance_proxy.behave()
+
+
+@pytest.fixture(scope="module")
+def holding(whole_cloud: Cloud) -> Iterator[Options]:
+    """What makes nova-compute and its engine ones that can be held; see ``breakpoints.py``."""
+    with whole_cloud.stand_in_driver("rbd_holding", SHIM) as options:
+        yield options
+
+
+class Hold:
+    """Holds a snapshot at a place of ``breakpoints.py``."""
+
+    def __init__(self, cloud: Cloud) -> None:
+        self._cloud = cloud
+
+    def __call__(self, server: Any, place: str) -> str:
+        """Ask for a snapshot; returns the image's id once nova-compute or its engine is held at *place*."""
+        REACHED.unlink(missing_ok=True)
+        WANTED.write_text(place)
+        image_id = self._cloud.request(server)
+        eventually(REACHED.exists, f"somebody comes to {place}", pause=0.02)
+        return image_id
+
+    def go_on(self) -> None:
+        """Let whoever is held and lives go on."""
+        WANTED.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def held_at(cloud: Cloud, holding: Options) -> Iterator[Hold]:
+    """See :class:`Hold`."""
+    cloud.configure(holding, {"rbd_snap": {"operation_timeout": 30}})
+    hold = Hold(cloud)
+    yield hold
+    hold.go_on()

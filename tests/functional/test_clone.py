@@ -65,7 +65,7 @@ def test_frozen_disk(world: World, disk: str) -> None:
     before, engine = world.picture(), world.engine()
     content = world.content(world.vms, disk)
     job_id = copy_id(str(uuid.uuid4()))
-    snap = clone.freeze(engine, job_id, disk, lambda job_id, report: engine.perform(job_id, None, report), unheard)
+    snap = clone.freeze(engine, job_id, disk, lambda job_id: engine.perform(job_id, None, unheard))
     assert world.content(world.vms, disk, snap) == content
     assert engine.rollback(job_id)
     assert world.picture() == before

@@ -105,8 +105,7 @@ class World:
             image_id,
             disk,
             self.images,
-            lambda job_id, report: engine.perform(job_id, None, report),
-            unheard,
+            lambda job_id: engine.perform(job_id, None, unheard),
         )
 
     def new_disk(self) -> str:

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guests that are held still: a real QEMU guest agent, in a guest that writes to its ext4 all the time.
+
+While it is mounted and not frozen, ext4 says in its superblock that its journal is to be replayed. So the image itself
+tells whether the guest was held still when it was taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import subprocess
+import uuid
+from collections.abc import Iterator
+from typing import Any, Callable
+
+import pytest
+from cloud import MIB, PREFIX, Cloud, Log, eventually, run
+
+GUEST = pathlib.Path("/usr/local/share/lab/guest")
+#: Offset of ext4's s_feature_incompat, and EXT4_FEATURE_INCOMPAT_RECOVER in it.
+_INCOMPATIBLE, _RECOVER = 1024 + 0x60, 0x4
+DISK_MIB = 64
+
+Boot = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def files(whole_cloud: Cloud, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Image ids of the guest's kernel and initramfs, and what its disk is made of."""
+    disk = tmp_path_factory.mktemp("guest") / "disk"
+    with disk.open("wb") as file:
+        file.truncate(DISK_MIB * MIB)
+    run("mkfs.ext4", "-q", "-F", str(disk))
+    flavor = whole_cloud.admin.compute.create_flavor(name=f"{PREFIX}agent", ram=192, vcpus=1, disk=1)
+    made = {}
+    try:
+        for name in ("vmlinuz", "initrd"):
+            made[name] = _upload(whole_cloud, GUEST / name, "aki" if name == "vmlinuz" else "ari").id
+        yield {**made, "disk": str(disk), "flavor": flavor.id}
+    finally:
+        for image_id in made.values():
+            whole_cloud.delete_image(image_id)
+        whole_cloud.admin.compute.delete_flavor(flavor)
+
+
+def _upload(cloud: Cloud, path: pathlib.Path, kind: str, **properties: str) -> Any:
+    """An image; as a snapshot of it must be, in Ceph where it is a disk."""
+    return cloud.admin.image.create_image(
+        PREFIX + path.name, filename=str(path), disk_format=kind, container_format="bare" if kind == "raw" else kind,
+        visibility="public", validate_checksum=False, **properties,
+    )
+
+
+@pytest.fixture
+def boot(cloud: Cloud, files: dict[str, str]) -> Boot:
+    """A function that boots the guest from an image with these properties; returns it once its agent answers."""
+
+    def make(**properties: str) -> Any:
+        base = _upload(
+            cloud, pathlib.Path(files["disk"]), "raw", kernel_id=files["vmlinuz"], ramdisk_id=files["initrd"],
+            **properties,
+        )
+        cloud.clean_up.callback(cloud.delete_image, base.id)
+        server = cloud.demo.compute.create_server(
+            name=PREFIX + uuid.uuid4().hex[:8], image_id=base.id, flavor_id=files["flavor"], networks="none"
+        )
+        cloud.clean_up.callback(cloud.delete_server, server)
+        server = cloud.wait_for_status(server, "ACTIVE")
+        if properties.get("hw_qemu_guest_agent") == "yes":
+            eventually(lambda: agent(server, "guest-ping") == {}, "the guest's agent answers")
+        else:
+            eventually(lambda: must_be_replayed(cloud, cloud.vms, f"{server.id}_disk"), "its disk is mounted")
+        return server
+
+    return make
+
+
+def agent(server: Any, command: str) -> Any:
+    """What the guest's agent answers; None where it does not."""
+    with contextlib.suppress(subprocess.CalledProcessError):
+        text = run("virsh", "qemu-agent-command", server.id, json.dumps({"execute": command}))
+        return json.loads(text)["return"]
+    return None
+
+
+def must_be_replayed(cloud: Cloud, pool: str, name: str, snap: Any = None) -> bool:
+    """Whether the file system on it was in use at that instant, and not held still."""
+    with cloud.ceph.image(pool, name, snap) as opened:
+        return bool(int.from_bytes(opened.read(_INCOMPATIBLE, 4), "little") & _RECOVER)
+
+
+def assert_thawed(server: Any) -> None:
+    eventually(lambda: agent(server, "guest-fsfreeze-status") == "thawed", "the guest is thawed", 20)
+
+
+AGENT = {"hw_qemu_guest_agent": "yes"}
+REQUIRED = {**AGENT, "os_require_quiesce": "yes"}
+
+
+@pytest.mark.core
+def test_guest_with_an_agent_is_held_still(cloud: Cloud, boot: Boot, log: Log) -> None:
+    """The image needs no journal replayed, and the guest goes on; without an agent it does, as after a crash."""
+    cloud.configure()
+    server = boot(**REQUIRED)
+    interruptions = cloud.guests.interruptions(server.id)
+    image = cloud.snapshot(server)
+    assert not must_be_replayed(cloud, cloud.images, image.id, "snap")
+    assert_thawed(server)
+    assert cloud.guests.interruptions(server.id) == interruptions
+    assert log.ours() == []
+    image = cloud.snapshot(boot())
+    assert must_be_replayed(cloud, cloud.images, image.id, "snap")
+
+
+def test_full_copy_is_of_a_guest_held_still(cloud: Cloud, boot: Boot) -> None:
+    """The snapshot that Nova's copy reads is taken of a guest that is held still, too."""
+    cloud.configure({"rbd_snap": {"ways": "nova"}})
+    server = boot(**REQUIRED)
+    image = cloud.snapshot(server)
+    assert not must_be_replayed(cloud, cloud.images, image.id, "snap")
+    assert_thawed(server)
+
+
+def test_required_of_a_guest_without_an_agent(cloud: Cloud, boot: Boot) -> None:
+    """A clear failure, no copy, and nothing left."""
+    cloud.configure()
+    server = boot(os_require_quiesce="yes")
+    before, log = cloud.picture(), Log()
+    image_id = cloud.request(server)
+    assert "os_require_quiesce" in log.has(f"ERROR nova_rbd_snap.*Snapshot to image {image_id} failed")
+    cloud.failed_snapshot(server, image_id)
+    assert not log.lines("copied in full")
+    cloud.unchanged(before)
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_snapshot_that_takes_too_long(cloud: Cloud, boot: Boot, held_at: Any, required: bool) -> None:
+    """The guest is let go in time whatever the cluster does. A snapshot that comes later is dropped where stillness is
+    required, and else kept, and called crash-consistent."""
+    server = boot(**(REQUIRED if required else AGENT))
+    before, log = cloud.picture(), Log()
+    image_id = held_at(server, "snap")
+    assert agent(server, "guest-fsfreeze-status") == "frozen"
+    assert_thawed(server)
+    held_at.go_on()
+    cloud.settled(server)
+    if required:
+        assert cloud.image(image_id) is None
+        log.has("ERROR nova_rbd_snap.*had to be let go")
+        cloud.unchanged(before)
+    else:
+        assert must_be_replayed(cloud, cloud.images, image_id, "snap")
+        log.has("WARNING nova_rbd_snap.*crash-consistent only")
+    assert not log.lines("copied in full")
