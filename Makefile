@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := build/venv
 
-.PHONY: demo test test-unit bench style sample lab down
+.PHONY: demo test test-unit bench bench-many style sample lab down
 
 demo: lab            ## a real snapshot on real servers, side by side with stock Nova's
 	lab/lab exec 31 python3 /src/demo/demo.py
@@ -22,6 +22,9 @@ style: $(VENV)/ready
 
 bench: lab           ## prints a table and writes build/bench.json; leave the machine alone meanwhile
 	lab/lab exec 31 python3 /src/benchmarks/bench.py
+
+bench-many: lab      ## sixteen snapshots at once beside one; leave the machine alone meanwhile
+	lab/lab exec 31 python3 /src/benchmarks/many.py
 
 lab:                 ## Ceph, and OpenStack with Nova 31 and this plug-in
 	lab/lab up 31

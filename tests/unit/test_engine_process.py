@@ -198,6 +198,51 @@ def test_killed_engine(start: Start) -> None:
     assert client.pid not in (None, pid)
 
 
+def test_engine_is_kept_running(start: Start) -> None:
+    """One that ended is started again though nobody calls: it has work of its own."""
+    client = start()
+    threading.Thread(target=client.keep_running, daemon=True).start()
+    eventually(lambda: client.pid, "an engine runs", pause=0.01)
+    pid = client.pid
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: client.pid not in (None, pid), "another engine runs", pause=0.01)
+
+
+def test_next_engine_leaves_alone_what_we_have_the_say_about(start: Start, tmp_path: Path) -> None:
+    """It is told what we hold, and of nothing else does it hear that it is ours to end."""
+    client = start()
+    client.reserve_clone(DEST.name, DISK.name, DEST.pool)
+    hello = tmp_path / "hello"
+    client._command = (sys.executable, "-c", _RECORDS_HELLO, str(hello))
+    pid = client.pid
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: client.pid != pid, "the engine is gone", pause=0.01)
+    with pytest.raises(errors.EngineUnavailable):
+        client.check()
+    assert json.loads(hello.read_text())["held"] == [DEST.name]
+
+
+#: An engine that writes down what it is told first, and ends.
+_RECORDS_HELLO = """
+import json, pathlib, socket, sys
+from nova_rbd_snap.engine import wire
+
+hello = wire.receive(socket.socket(fileno=int(sys.argv[-1])))
+pathlib.Path(sys.argv[1]).write_text(json.dumps(hello))
+"""
+
+
+def test_socket_is_nobody_elses(start: Start) -> None:
+    """No other child of ours gets an end of it, and it has no name by which anybody could reach it."""
+    client = start()
+    client.check()
+    ours = client._process._socket
+    assert ours.getsockname() == ours.getpeername() == ""
+    listed = subprocess.run(["ls", "-l", "/proc/self/fd"], capture_output=True, text=True, check=True).stdout
+    assert f"socket:[{os.fstat(ours.fileno()).st_ino}]" not in listed
+    assert not os.get_inheritable(ours.fileno())
+
+
 def test_sigterm_undoes_and_ends(start: Start, picture: Path) -> None:
     """Told to end, the engine cancels what runs, tells its caller, leaves nothing, and ends."""
     client, report = start("--picture", str(picture)), UntilFlattening()

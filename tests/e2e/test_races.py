@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many snapshots at once, and what else the API allows meanwhile."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from cloud import THROUGH_PROXY, Cloud, Log, eventually
+
+from tests.fakes.glance_proxy import GlanceProxy
+
+SIXTEEN = 16
+#: Of the engine, with sixteen snapshots under way.
+MEMORY_BOUND_MIB = 192
+
+
+@pytest.mark.slow
+def test_sixteen_at_once(cloud: Cloud) -> None:
+    """Each is a whole image of its own disk, through one connection and in bounded memory."""
+    cloud.configure({"DEFAULT": {"max_concurrent_snapshots": SIXTEEN}})
+    with ThreadPoolExecutor(4) as pool:
+        servers = list(pool.map(lambda _: cloud.boot(), range(SIXTEEN)))
+    digests = [cloud.disk_digest(server) for server in servers]
+    log = Log()
+    with ThreadPoolExecutor(SIXTEEN) as pool:
+        images = list(pool.map(cloud.request, servers))
+    (engine,) = cloud.engines()
+    connections, memory = set(), 0
+    while not all(log.lines(f"Snapshot to image {image}: cloned in") for image in images):
+        connections.add(cloud.rados_clients(engine))
+        status = pathlib.Path(f"/proc/{engine}/status").read_text()
+        memory = max(memory, int(re.search(r"VmRSS:\s+(\d+)", status)[1]) >> 10)
+        assert not log.ours()
+    assert connections <= {1}
+    assert memory < MEMORY_BOUND_MIB
+    for server, image, digest in zip(servers, images, digests):
+        cloud.settled(server)
+        assert cloud.image_digest(image) == digest
+
+
+def test_shelve_that_fails_keeps_the_server(cloud: Cloud, proxy: GlanceProxy, log: Log) -> None:
+    """shelved_offload_time = 0 deletes the disk once there is an image of it; without one nothing is offloaded."""
+    cloud.configure(THROUGH_PROXY, {"DEFAULT": {"shelved_offload_time": 0}, "rbd_snap": {"operation_timeout": 10}})
+    server = cloud.boot()
+    digest = cloud.disk_digest(server)
+    proxy.break_(lambda request: request.method in ("POST", "PATCH", "PUT"), status=401)
+    cloud.demo.compute.shelve_server(server)
+    image = eventually(lambda: cloud.image_called(f"{server.name}-shelved"), "the image record")
+    cloud.clean_up.callback(cloud.delete_image, image.id)
+    log.has(f"ERROR nova_rbd_snap.*Snapshot to image {image.id} failed")
+    eventually(lambda: cloud.server(server).vm_state not in ("shelved", "shelved_offloaded"), "it is not shelved", 20)
+    assert cloud.server(server).compute_host
+    assert cloud.disk_digest(server) == digest
+    assert cloud.ceph.ledger(cloud.vms) == {}
+    proxy.behave()
