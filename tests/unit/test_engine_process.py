@@ -227,7 +227,8 @@ _RECORDS_HELLO = """
 import json, pathlib, socket, sys
 from nova_rbd_snap.engine import wire
 
-hello = wire.receive(socket.socket(fileno=int(sys.argv[-1])))
+end = socket.socket(fileno=int(sys.argv[-1]))
+hello = wire.receive(end)
 pathlib.Path(sys.argv[1]).write_text(json.dumps(hello))
 """
 
