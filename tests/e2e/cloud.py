@@ -310,9 +310,17 @@ class Cloud:
         Sooner, it takes a server that is about to be built for one whose building was interrupted.
         """
         log.has("Looking for unclaimed instances")
+        eventually(self.nova_compute_answers, "nova-compute answers")
+
+    def nova_compute_answers(self) -> bool:
+        """Whether nova-compute answers a question that nobody else can."""
+        uptime = f"/os-hypervisors/{self._hypervisor}/uptime"
+        return bool(self.admin.compute.get(uptime, microversion="2.53").ok)
+
+    @functools.cached_property
+    def _hypervisor(self) -> str:
         (host,) = self.admin.compute.get("/os-hypervisors", microversion="2.53").json()["hypervisors"]
-        uptime = f"/os-hypervisors/{host['id']}/uptime"  # nova-compute itself is asked for it
-        eventually(lambda: self.admin.compute.get(uptime, microversion="2.53").ok, "nova-compute answers")
+        return str(host["id"])
 
     def configure_glance(self, *options: Options) -> None:
         if self._write(GLANCE_CONF, merged(QUICK_GLANCE, *options)):
