@@ -56,9 +56,11 @@ def _take(engine: Engine, job_id: str, reserve: Callable[[], str], perform: Perf
         perform(job_id)
     except Exception as cause:
         # The engine undoes its own failures, and then knows no such job; but not what went wrong around its work.
-        failed = errors.known(cause)
-        undo(engine, job_id, failed)
-        raise failed from cause.__cause__ if failed is cause else cause
+        if isinstance(cause, errors.SnapError):
+            undo(engine, job_id, cause)
+        else:
+            give_up(engine, job_id, f"job {job_id}: {cause}")
+        raise
     return result
 
 
@@ -113,9 +115,9 @@ def undo(engine: Engine, job_id: str, error: errors.SnapError) -> None:
         error.undo_failures += failure.undo_failures or [str(failure)]
 
 
-def give_up(engine: Engine, image_id: str, why: str) -> None:
-    """Roll back a clone that nobody wants; what cannot be undone is logged: what led here is what counts."""
+def give_up(engine: Engine, job_id: str, why: str) -> None:
+    """Roll back a job that nobody wants; what cannot be undone is logged: what led here is what counts."""
     error = errors.SnapError(why)
-    undo(engine, image_id, error)
+    undo(engine, job_id, error)
     if error.undo_failures:
-        LOG.warning("The clone for image %s is given up: %s", image_id, error.report())
+        LOG.warning("Job %s is given up: %s", job_id, error.report())

@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Optional
 
 from nova import exception
-from nova.compute import task_states
+from nova.compute import power_state, task_states
 from nova.virt.libvirt import driver as libvirt_driver
 from nova.virt.libvirt import utils as libvirt_utils
 from oslo_log import log as logging
 
 from nova_rbd_snap import conf, errors
-from nova_rbd_snap.engine import Report
 from nova_rbd_snap.ledger.job import copy_id
 from nova_rbd_snap.openstack import clone, imagebackend, images, process
 from nova_rbd_snap.openstack.guest import Guest
@@ -181,38 +180,57 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
 
         Nova itself resumes it on some ways out, and leaves it suspended on the others.
         """
-        token = _suspended.set([])
+        token = _suspension.set(None)
+        all_went_well = False
         try:
             yield
+            all_went_well = True
         finally:
-            suspended = _suspended.get() or []
-            _suspended.reset(token)
-            for context, live_snapshot, original_power_state, instance in suspended:
+            suspension = _suspension.get()
+            _suspension.reset(token)
+            if suspension is not None:
                 try:
-                    guest = self._host.get_guest(instance)
-                    super()._resume_guest_after_snapshot(
-                        context, live_snapshot, original_power_state, instance, guest
+                    self._end(suspension)
+                except Exception as error:
+                    if all_went_well:
+                        raise
+                    LOG.error(
+                        "The guest was suspended for its copy and is not as it was before: %s",
+                        error, instance=suspension.instance,
                     )
-                except Exception as error:  # what went wrong before it is what counts
-                    LOG.error("Suspended for its copy, the guest cannot be resumed: %s", error, instance=instance)
+
+    def _end(self, suspension: Suspension) -> None:
+        """:raises Exception: the guest is not as it was before."""
+        guest = self._host.get_guest(suspension.instance)
+        if guest.get_power_state(self._host) == power_state.SHUTDOWN:
+            super()._resume_guest_after_snapshot(
+                suspension.context, suspension.live_snapshot, suspension.power_state, suspension.instance, guest
+            )
+        elif suspension.error is not None:
+            raise suspension.error
 
     def _suspend_guest_for_snapshot(
         self, context: Any, live_snapshot: bool, current_power_state: int, instance: Any
     ) -> None:
         """See Nova."""
+        if self._needs_suspend_resume_for_snapshot(live_snapshot, current_power_state):
+            # Said first: a guest may be suspended although that seemed to fail.
+            _suspension.set(Suspension(context, live_snapshot, current_power_state, instance))
         super()._suspend_guest_for_snapshot(context, live_snapshot, current_power_state, instance)
-        suspended = _suspended.get()
-        if suspended is not None and self._needs_suspend_resume_for_snapshot(live_snapshot, current_power_state):
-            suspended.append((context, live_snapshot, current_power_state, instance))
 
     def _resume_guest_after_snapshot(
         self, context: Any, live_snapshot: bool, original_power_state: int, instance: Any, guest: Any
     ) -> None:
-        """See Nova."""
-        super()._resume_guest_after_snapshot(context, live_snapshot, original_power_state, instance, guest)
-        suspended = _suspended.get()
-        if suspended:
-            suspended.clear()
+        """See Nova. What goes wrong here is put off until the end, lest it hide what went wrong with the copy."""
+        suspension = _suspension.get()
+        try:
+            super()._resume_guest_after_snapshot(context, live_snapshot, original_power_state, instance, guest)
+        except Exception as error:
+            if suspension is None:
+                raise
+            suspension.error = error
+        else:
+            _suspension.set(None)
 
     def _cleanup_rbd(self, instance: Any) -> None:
         """See Nova. A snapshot under way is stopped and undone first: the deletion wins.
@@ -222,11 +240,18 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
         if not self._usable or instance.task_state == task_states.RESIZE_REVERTING:
             super()._cleanup_rbd(instance)
             return
+        with self._on_disks.given_up(instance.uuid):
+            self._stop_snapshots(instance)
+            self._remove_disks(instance)
+
+    def _stop_snapshots(self, instance: Any) -> None:
         try:
-            for job in self._on_disks.give_up(instance.uuid, process.engine().cancel, CONF.rbd_snap.operation_timeout):
+            for job in self._on_disks.stop(instance.uuid, process.engine().cancel, CONF.rbd_snap.operation_timeout):
                 LOG.info("Undid snapshot job %s: its server is being deleted", job, instance=instance)
         except errors.SnapError as error:
             LOG.warning("Cannot stop the server's snapshots: %s", error.report(), instance=instance)
+
+    def _remove_disks(self, instance: Any) -> None:
         try:
             left = process.engine().remove_disks(instance.uuid)
         except errors.SnapError as error:
@@ -239,10 +264,23 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
             LOG.warning("The server is deleted, but %s", sentence, instance=instance)
 
 
-#: The suspensions that Nova made for the copy of the running request, and has not ended.
-_suspended: contextvars.ContextVar[Optional[list[tuple[Any, bool, int, Any]]]] = contextvars.ContextVar(
-    "suspended", default=None
-)
+@dataclass
+class Suspension:
+    """That Nova suspended a guest for its copy, and what it takes to resume it.
+
+    :ivar power_state: the guest's, before.
+    :ivar error: why it could not be resumed when Nova tried.
+    """
+
+    context: Any
+    live_snapshot: bool
+    power_state: int
+    instance: Any
+    error: Optional[Exception] = None
+
+
+#: The suspension that Nova made for the copy of the running request, and has not ended.
+_suspension: contextvars.ContextVar[Optional[Suspension]] = contextvars.ContextVar("suspension", default=None)
 
 
 class OnDisks:
@@ -267,23 +305,28 @@ class OnDisks:
                 self._servers.remove(server)
                 self._changed.notify_all()
 
-    def give_up(self, server: str, cancel: Callable[[str], list[str]], timeout_seconds: float) -> list[str]:
-        """Let no work on the server's disks begin, and *cancel* what has begun, until none is left.
+    @contextlib.contextmanager
+    def given_up(self, server: str) -> Iterator[None]:
+        """Within the block no work on the server's disks begins."""
+        with self._changed:
+            self._given_up.add(server)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._given_up.discard(server)
+
+    def stop(self, server: str, cancel: Callable[[str], list[str]], timeout_seconds: float) -> list[str]:
+        """*cancel* the work on the disks of a server that is :meth:`given_up`, until none is left.
 
         :returns: what *cancel* returned.
         """
         deadline = time.monotonic() + timeout_seconds
-        with self._changed:
-            self._given_up.add(server)
-        try:
-            done = cancel(server)
-            # What had begun, but reached the engine only after that.
-            while self._is_worked_on(server) and time.monotonic() < deadline:
-                done += cancel(server)
-            return done
-        finally:
-            with self._changed:
-                self._given_up.discard(server)
+        done = cancel(server)
+        # What had begun, but reached the engine only after that.
+        while self._is_worked_on(server) and time.monotonic() < deadline:
+            done += cancel(server)
+        return done
 
     def _is_worked_on(self, server: str) -> bool:
         with self._changed:
@@ -350,9 +393,7 @@ class _Request:
         started = time.monotonic()
         glance = images.glance_for(self.context)
         with self.on_disks.work(self.instance.uuid):
-            url = self.disk.clone_to_glance(
-                glance, self.image_id, self.instance.image_ref, self._perform, self._note
-            )
+            url = self.disk.clone_to_glance(glance, self.image_id, self.instance.image_ref, self._perform)
         try:
             self.await_announced()
         except Exception:
@@ -380,7 +421,7 @@ class _Request:
         try:
             with self.on_disks.work(self.instance.uuid):
                 self.still.ask()  # a copy without a snapshot would ask QEMU for more, and wait for ever
-                return clone.freeze(process.engine(), job_id, self.disk.rbd_name, self._perform, self._note)
+                return clone.freeze(process.engine(), job_id, self.disk.rbd_name, self._perform)
         except errors.SnapError as error:
             if not error.may_fall_back:
                 raise
@@ -390,8 +431,8 @@ class _Request:
             )
             return None
 
-    def _perform(self, job_id: str, report: Report) -> None:
-        self.still.perform(process.engine(), job_id, report)
+    def _perform(self, job_id: str) -> None:
+        self.still.perform(process.engine(), job_id, self._note)
 
     def thaw(self, job_id: str) -> None:
         """Remove the frozen snapshot. What fails is logged and stays in the ledger: the copy's own outcome counts."""

@@ -34,8 +34,9 @@ _FREEZE_SECONDS = 5
 _MARGIN_SECONDS = 1.0
 #: An agent that says no at once has not frozen anything.
 _AT_ONCE_SECONDS = 1.0
-#: How long a guest that does not let go is told to.
+#: How long a guest that does not let go is told to, and with which pause.
 _THAW_SECONDS = 60
+_PAUSE_SECONDS = 1
 #: libvirt's own: an agent's answer is waited for however long it takes (VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK).
 _AGENT_BLOCKS = -2
 
@@ -58,9 +59,9 @@ class Call:
         except Exception as error:  # raised to whoever still waits
             self.error = error
 
-    def ended(self, seconds: float) -> bool:
-        """Whether it has come to an end after so many seconds at most."""
-        self._thread.join(max(seconds, 0))
+    def ended(self, seconds: Optional[float]) -> bool:
+        """Whether it has come to an end after so many seconds at most; None waits for it."""
+        self._thread.join(seconds)
         return not self._thread.is_alive()
 
 
@@ -105,14 +106,15 @@ class Guest:
 
         def ask() -> None:
             try:
-                self._driver.block_stats(self._instance, _root_device(self._guest.get_xml_desc()))
+                # Not through the driver, which keeps libvirt's errors to itself.
+                self._guest.get_block_device(_root_device(self._guest.get_xml_desc())).blockStats()
             finally:
                 _silent.discard(uuid)
 
         call = Call(ask)
         if not call.ended(_ANSWER_SECONDS):
             raise errors.GuestSilent(f"QEMU does not answer its monitor within {_ANSWER_SECONDS} s")
-        if call.error is not None:
+        if call.error is not None and self._is_on():
             raise errors.GuestSilent(f"QEMU cannot be asked: {call.error}") from call.error
 
     @contextlib.contextmanager
@@ -154,25 +156,29 @@ class Stillness:
         #: When the guest is let go at the latest, by the monotonic clock.
         self.deadline = time.monotonic() + _STILL_SECONDS
         self._patience: float = _THAW_SECONDS
+        self._freezing: Optional[Call] = None
         self._ending: Optional[Call] = None
-        self._timer: Optional[threading.Timer] = None
+        self._timer = threading.Timer(_STILL_SECONDS, self._cut_short)
+        self._timer.daemon = True
         #: Let go because time was up.
         self.was_cut_short = False
 
     def begin(self) -> str:
         """Freeze; returns why that failed, or nothing."""
-        self._timer = threading.Timer(_STILL_SECONDS, self._cut_short)
-        self._timer.daemon = True
+        began = time.monotonic()
+        self._freezing = Call(self._freeze)
         self._timer.start()
-        self._bound_agent(_FREEZE_SECONDS)
-        began, call = time.monotonic(), Call(lambda: self._driver.quiesce(*self._arguments))
-        if not call.ended(_FREEZE_SECONDS):
+        if not self._freezing.ended(_FREEZE_SECONDS):
             return f"the guest agent did not freeze the file systems within {_FREEZE_SECONDS} s"
-        if call.error is None:
+        if self._freezing.error is None:
             return ""
         if time.monotonic() - began < _AT_ONCE_SECONDS:
             self._patience = 0
-        return f"the guest's file systems cannot be frozen: {call.error}"
+        return f"the guest's file systems cannot be frozen: {self._freezing.error}"
+
+    def _freeze(self) -> None:
+        self._bound_agent(_FREEZE_SECONDS)
+        self._driver.quiesce(*self._arguments)
 
     def report(self, report: Report, step: str, done: int, total: int) -> None:
         """Lets the guest go as soon as the snapshot is there."""
@@ -191,10 +197,19 @@ class Stillness:
             if self._ending is not None:
                 return
             self._ending = Call(self._thaw)
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.cancel()
 
     def _thaw(self) -> None:
+        if self._freezing is None:
+            return
+        is_over = self._freezing.ended(0)
+        self._let_go()
+        if not is_over:  # it may come after its thaw, and must not have the last word
+            self._freezing.ended(None)
+            self._let_go()
+        self._bound_agent(_AGENT_BLOCKS)
+
+    def _let_go(self) -> None:
         deadline = time.monotonic() + self._patience
         while True:
             try:
@@ -206,14 +221,14 @@ class Stillness:
                     if self._patience:
                         LOG.error("The guest may still be frozen, for its file systems cannot be thawed: %s", error)
                     return
-                time.sleep(1)
+                time.sleep(_PAUSE_SECONDS)
             else:
-                self._bound_agent(_AGENT_BLOCKS)
                 return
 
     def _bound_agent(self, seconds: int) -> None:
         """Let libvirt give the agent up after so many seconds, lest no thaw ever gets past a freeze without answer."""
-        Call(lambda: self._guest._domain.agentSetResponseTimeout(seconds)).ended(_ANSWER_SECONDS)
+        with contextlib.suppress(Exception):  # libvirt before 5.10 cannot
+            self._guest._domain.agentSetResponseTimeout(seconds)
 
 
 def _root_device(domain_xml: str) -> str:

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import configparser
 import os
 import pathlib
+import re
 import signal
 from typing import Any
 
 import pytest
-from cloud import Cloud, Log, eventually
+from cloud import Cloud, Log, eventually, run
 from test_clone import assert_cloned
 from test_deaths import gone
 
@@ -65,3 +67,22 @@ def test_engine_ends_with_nova_compute(cloud: Cloud, server: Any, number: int) -
     (successor,) = cloud.engines()
     parent = pathlib.Path(f"/proc/{successor}/stat").read_text().rpartition(")")[2].split()[1]
     assert int(parent) == cloud.nova_compute != nova_compute
+
+
+def test_no_secret_is_told(cloud: Cloud, server: Any) -> None:
+    """Neither the tenant's token, nor the service's password or token, nor the Ceph key: not in nova-compute's log,
+    however talkative, and not on a command line."""
+    log = cloud.configure({"DEFAULT": {"debug": "true"}})
+    cloud.snapshot(server)
+    parsed = configparser.ConfigParser(strict=False, interpolation=None)
+    parsed.read("/etc/nova/nova.conf")
+    key = run("ceph", "auth", "print-key", f"client.nova-{cloud.release}").strip()
+    secrets = [cloud.demo.auth_token, key]
+    if len(parsed["service_user"]["password"]) > 8:  # else it may be part of any word
+        secrets.append(parsed["service_user"]["password"])
+    lines = log.lines("nova_rbd_snap|keystoneauth|Snapshot to image")
+    assert lines
+    for pid in (cloud.nova_compute, *cloud.engines()):
+        lines.append(pathlib.Path(f"/proc/{pid}/cmdline").read_text())
+    assert not [line for line in lines if any(secret in line for secret in secrets)]
+    assert not [line for line in lines if re.search(r"gAAAA\w{20}", line)], "a Fernet token"

@@ -18,60 +18,39 @@ from typing import Any, Callable
 import pytest
 from cloud import MIB, PREFIX, Cloud, Log, eventually, run
 
-GUEST = pathlib.Path("/usr/local/share/lab/guest")
-#: Offset of ext4's s_feature_incompat, and EXT4_FEATURE_INCOMPAT_RECOVER in it.
-_INCOMPATIBLE, _RECOVER = 1024 + 0x60, 0x4
-DISK_MIB = 64
+GUEST = pathlib.Path("/usr/local/share/lab/guest.img")
+#: Where the guest's ext4 has its s_feature_incompat, and EXT4_FEATURE_INCOMPAT_RECOVER in it.
+_INCOMPATIBLE, _RECOVER = 33 * MIB + 1024 + 0x60, 0x4
 
 Boot = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def files(whole_cloud: Cloud, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Image ids of the guest's kernel and initramfs, and what its disk is made of."""
-    disk = tmp_path_factory.mktemp("guest") / "disk"
-    with disk.open("wb") as file:
-        file.truncate(DISK_MIB * MIB)
-    run("mkfs.ext4", "-q", "-F", str(disk))
-    flavor = whole_cloud.admin.compute.create_flavor(name=f"{PREFIX}agent", ram=192, vcpus=1, disk=1)
-    made = {}
-    try:
-        for name in ("vmlinuz", "initrd"):
-            made[name] = _upload(whole_cloud, GUEST / name, "aki" if name == "vmlinuz" else "ari").id
-        yield {**made, "disk": str(disk), "flavor": flavor.id}
-    finally:
-        for image_id in made.values():
-            whole_cloud.delete_image(image_id)
-        whole_cloud.admin.compute.delete_flavor(flavor)
-
-
-def _upload(cloud: Cloud, path: pathlib.Path, kind: str, **properties: str) -> Any:
-    """An image; as a snapshot of it must be, in Ceph where it is a disk."""
-    return cloud.admin.image.create_image(
-        PREFIX + path.name, filename=str(path), disk_format=kind, container_format="bare" if kind == "raw" else kind,
-        visibility="public", validate_checksum=False, **properties,
-    )
+def flavor(whole_cloud: Cloud) -> Iterator[str]:
+    """Large enough for the guest."""
+    made = whole_cloud.admin.compute.create_flavor(name=f"{PREFIX}agent", ram=192, vcpus=1, disk=1)
+    yield made.id
+    whole_cloud.admin.compute.delete_flavor(made)
 
 
 @pytest.fixture
-def boot(cloud: Cloud, files: dict[str, str]) -> Boot:
-    """A function that boots the guest from an image with these properties; returns it once its agent answers."""
+def boot(cloud: Cloud, flavor: str) -> Boot:
+    """A function that boots the guest from an image with these properties; returns it once it writes to its disk."""
 
     def make(**properties: str) -> Any:
-        base = _upload(
-            cloud, pathlib.Path(files["disk"]), "raw", kernel_id=files["vmlinuz"], ramdisk_id=files["initrd"],
-            **properties,
+        base = cloud.admin.image.create_image(
+            PREFIX + "guest", filename=str(GUEST), disk_format="raw", container_format="bare", visibility="public",
+            validate_checksum=False, **properties,
         )
         cloud.clean_up.callback(cloud.delete_image, base.id)
         server = cloud.demo.compute.create_server(
-            name=PREFIX + uuid.uuid4().hex[:8], image_id=base.id, flavor_id=files["flavor"], networks="none"
+            name=PREFIX + uuid.uuid4().hex[:8], image_id=base.id, flavor_id=flavor, networks="none"
         )
         cloud.clean_up.callback(cloud.delete_server, server)
         server = cloud.wait_for_status(server, "ACTIVE")
-        if properties.get("hw_qemu_guest_agent") == "yes":
+        if "hw_qemu_guest_agent" in properties:
             eventually(lambda: agent(server, "guest-ping") == {}, "the guest's agent answers")
-        else:
-            eventually(lambda: must_be_replayed(cloud, cloud.vms, f"{server.id}_disk"), "its disk is mounted")
+        eventually(lambda: must_be_replayed(cloud, cloud.vms, f"{server.id}_disk"), "its disk is mounted")
         return server
 
     return make

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server that is deleted takes its snapshots under way with it, and its disks; and waits for none of them."""
+
+# ruff: noqa: PT009, PT027 - Nova's harness is unittest, and its environments have no pytest
+
+import threading
+
+import ddt
+import world
+from nova import exception
+from nova.compute import task_states
+from nova.storage import rbd_utils
+from nova.tests.fixtures import libvirt as fakelibvirt
+
+from nova_rbd_snap import errors
+
+
+@ddt.ddt
+class DeletedServer(world.ServerCase):
+    """What Nova asks the driver for once the server's QEMU is gone."""
+
+    def setUp(self):
+        super().setUp()
+        self.patch(rbd_utils.RBDDriver, "cleanup_volumes", side_effect=self.remove_as_nova)
+        self.mock_update_task_state.side_effect = self.update_task_state
+        others, _ = self.another_server()
+        self.disk = f"{self.server.uuid}_disk"
+        self.local, self.held = f"{self.disk}.local", f"{self.disk}.held"
+        self.others_disk = f"{others.uuid}_disk"
+        self.engine.disks.add(self.local)
+
+    def remove_as_nova(self, is_meant):
+        self.engine.disks -= {disk for disk in self.engine.disks if is_meant(disk)}
+
+    def update_task_state(self, task_state, expected_state=None):
+        """As the manager's: nothing becomes of a server that is being deleted."""
+        if self.server.task_state == task_states.DELETING:
+            raise exception.UnexpectedDeletingTaskStateError(
+                instance_uuid=self.server.uuid, expected=expected_state, actual=self.server.task_state
+            )
+
+    def delete(self, task_state=task_states.DELETING):
+        """As far as it matters here: Nova has ended the server's QEMU, and has its disks removed."""
+        self.server.task_state = task_state
+        self.domain.state = fakelibvirt.VIR_DOMAIN_SHUTOFF
+        self.driver._cleanup_rbd(self.server)
+
+    def hold(self, step):
+        """Let the engine stay at *step* until its work is cancelled; returns what is set once it is there."""
+        reached = threading.Event()
+
+        def stay():
+            reached.set()
+            self.engine.cancelled.wait(world.PATIENCE_SECONDS)
+
+        self.engine.meanwhile[step] = stay
+        return reached
+
+    def assert_given_up(self, request):
+        """*request* fails as Nova's manager expects it of a server that is being deleted, and nothing is left of it."""
+        self.assertRaises(exception.UnexpectedDeletingTaskStateError, request)
+        self.copy.assert_not_called()
+        self.assert_no_image()
+
+    def test_its_disks_are_removed_and_no_others(self):
+        self.delete()
+        self.assertEqual({self.others_disk}, self.engine.disks)
+
+    def test_what_is_left_is_told(self):
+        """The server is deleted all the same; the operator reads which disk is left, and what holds it."""
+        self.engine.disks.add(self.held)
+        self.delete()
+        self.assertEqual({self.others_disk, self.held}, self.engine.disks)
+        told = [line for line in self.stdlog.logger.output.splitlines() if self.held in line]
+        self.assertEqual(1, len(told))
+        self.assertIn(" WARNING ", told[0])
+
+    @ddt.data(("clone", "snap"), ("clone", "flatten"), ("nova", "snap"))
+    @ddt.unpack
+    def test_snapshot_under_way_is_undone(self, way, step):
+        self.flags(ways=[way], group="rbd_snap")
+        reached = self.hold(step)
+        request = world.Beside(self.snapshot)
+        self.assertTrue(reached.wait(world.PATIENCE_SECONDS))
+        self.delete()
+        self.assert_given_up(request.end)
+        self.assertEqual({self.others_disk}, self.engine.disks)
+
+    @ddt.data("cancel", "remove_disks")
+    def test_snapshot_that_begins_meanwhile(self, call):
+        """It never comes to the engine, where it would hold a disk that is being removed."""
+        self.engine.meanwhile[call] = lambda: self.assert_given_up(self.snapshot)
+        self.delete()
+        self.assertEqual([], self.engine.asked)
+        self.assertEqual({self.others_disk}, self.engine.disks)
+
+    def test_snapshot_that_had_just_begun(self):
+        """It was let through, and comes to the engine only after that was asked what is under way."""
+        self.hold("flatten")
+        on_its_way = world.Silence(self)
+        self.engine.meanwhile["describe"] = on_its_way
+        self.engine.meanwhile["cancel"] = on_its_way.end
+        request = world.Beside(self.snapshot)
+        self.assertTrue(on_its_way.begun.wait(world.PATIENCE_SECONDS))
+        self.delete()
+        self.assert_given_up(request.end)
+        self.assertEqual({self.others_disk}, self.engine.disks)
+
+    def test_without_an_engine(self):
+        """Nova removes the disks as it always did."""
+        for call in ("cancel", "remove_disks"):
+            self.engine.meanwhile[call] = world.failing(errors.EngineUnavailable("it cannot be started"))
+        self.delete()
+        self.assertEqual({self.others_disk}, self.engine.disks)
+
+    @ddt.data(errors.Unreachable, errors.EngineStuck)
+    def test_cluster_that_does_not_answer(self, error):
+        """The deletion fails, and can be tried again; Nova's own would wait for the cluster for ever."""
+        for call in ("cancel", "remove_disks"):
+            self.engine.meanwhile[call] = world.failing(error("no answer"))
+        self.assertRaises(exception.NovaException, self.delete)
+        self.assertEqual({self.disk, self.local, self.others_disk}, self.engine.disks)
+        self.engine.meanwhile.clear()
+        self.delete()
+        self.assertEqual({self.others_disk}, self.engine.disks)
+
+    def test_after_a_deletion_that_failed(self):
+        """The server can have snapshots again."""
+        self.engine.meanwhile["remove_disks"] = world.failing(errors.Unreachable("no answer"))
+        self.assertRaises(exception.NovaException, self.delete)
+        self.server.task_state = task_states.IMAGE_SNAPSHOT
+        self._assert_snapshot(self.snapshot(), disk_format="raw")
+
+    def test_resize_that_is_reverted(self):
+        """Nova's own business: the disk itself is kept, for it is rolled back."""
+        self.delete(task_states.RESIZE_REVERTING)
+        self.assertEqual({self.disk, self.others_disk}, self.engine.disks)

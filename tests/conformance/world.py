@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of ours look at: a server on Nova's fake libvirt, and the engine and Glance held in memory.
+
+Whatever stands for something real behaves like it: a suspended guest is off, a frozen one stays frozen until somebody
+thaws it, the engine undoes its own failures. A test breaks one thing by putting another callable in its place.
+"""
+
+# ruff: noqa: PT009 - Nova's harness is unittest, and its environments have no pytest
+
+import itertools
+import threading
+import time
+from unittest import mock
+
+from lxml import etree
+from nova import objects
+from nova.compute import utils as compute_utils
+from nova.network import model as network_model
+from nova.storage import rbd_utils
+from nova.tests.fixtures import libvirt as fakelibvirt
+from nova.tests.unit.virt.libvirt import test_driver
+from nova.virt import fake
+from nova.virt import images as nova_images
+from nova.virt.libvirt import host
+from nova.virt.libvirt import imagebackend as nova_imagebackend
+from oslo_utils.fixture import uuidsentinel
+
+from nova_rbd_snap import errors
+from nova_rbd_snap.openstack import driver, glance, images, process
+from nova_rbd_snap.specs import ImageSpec, Location
+
+FSID = "f51d"
+NOVA_POOL = "nova-pool"
+GLANCE_POOL = "glance-pool"
+
+#: Longer than any test waits for what will happen; one that waits so long fails.
+PATIENCE_SECONDS = 30
+
+#: PCI devices of the server: one its flavor asks for, and a port that is a whole network card.
+GPU = "0000:81:00.1"
+PORT = "0000:82:00.0"
+
+
+def failing(error):
+    """What raises *error* whenever it is called."""
+    return mock.Mock(side_effect=error)
+
+
+def libvirt_error(text, code=fakelibvirt.VIR_ERR_INTERNAL_ERROR):
+    return fakelibvirt.make_libvirtError(fakelibvirt.libvirtError, text, error_code=code)
+
+
+def crossed(*groups):
+    """Rows for ``ddt.named_data``: each combination of functions or words, called after these."""
+    rows = itertools.product(*groups)
+    return [(" ".join(getattr(item, "__name__", item) for item in row), *row) for row in rows]
+
+
+class Silence:
+    """What does not answer, until the test ends it, or is over.
+
+    :ivar begun: set once somebody waits for an answer.
+    """
+
+    def __init__(self, case):
+        self.begun = threading.Event()
+        self._over = threading.Event()
+        case.addCleanup(self.end)
+
+    def __call__(self, *_):
+        self.begun.set()
+        self._over.wait(PATIENCE_SECONDS)
+
+    def end(self):
+        self._over.set()
+
+
+class Beside:
+    """A call that runs beside the test."""
+
+    def __init__(self, call):
+        self._call = call
+        self._error = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        try:
+            self._call()
+        except Exception as error:
+            self._error = error
+
+    def end(self):
+        """Wait for its end; raises what it raised."""
+        self._thread.join(PATIENCE_SECONDS)
+        assert not self._thread.is_alive(), "it does not end"
+        if self._error:
+            raise self._error
+
+
+class Domain(test_driver.FakeVirtDomain):
+    """A domain that has a state: a QEMU that is on or off, PCI devices, and an agent in the guest.
+
+    :ivar state: libvirt's.
+    :ivar devices: addresses of its PCI devices, as often as each is attached.
+    :ivar encrypted: whether libvirt encrypts the disk.
+    :ivar suspensions: how often its QEMU was ended to save the guest.
+    :ivar frozen: whether the guest's file systems are held still; *freezes* and *thaws* count the changes.
+    :ivar agent_patience: how long libvirt gives the agent to answer.
+    """
+
+    def __init__(self, uuid, devices=()):
+        super().__init__(uuidstr=uuid)
+        self.state = fakelibvirt.VIR_DOMAIN_RUNNING
+        self.devices = list(devices)
+        self.encrypted = False
+        self.suspensions = 0
+        self.frozen = False
+        self.freezes = self.thaws = 0
+        self.agent_patience = -2  # libvirt's default: as long as it takes
+        self._saved = None
+        self._changed = threading.Condition()
+
+    def picture(self):
+        """What the tenant would notice."""
+        return {"state": self.state, "devices": sorted(self.devices), "frozen": self.frozen}
+
+    def until(self, condition):
+        """Whether *condition* came true; asked anew at each change of the guest's stillness."""
+        with self._changed:
+            return self._changed.wait_for(condition, PATIENCE_SECONDS)
+
+    def info(self):
+        return [self.state, 0, 0, 1, 0]
+
+    def XMLDesc(self, flags):
+        encryption = "<encryption format='luks'/>" if self.encrypted else ""
+        return f"""
+            <domain type='kvm'><devices>
+                <disk type='network' device='disk'>
+                    <source protocol='rbd' name='{NOVA_POOL}/{self.uuidstr}_disk'>{encryption}</source>
+                    <target dev='vda' bus='virtio'/>
+                </disk>
+                {"".join(map(_hostdev, self.devices))}
+            </devices></domain>"""
+
+    def managedSave(self, flags):
+        self._saved, self.state = self.state, fakelibvirt.VIR_DOMAIN_SHUTOFF
+        self.suspensions += 1
+
+    def createWithFlags(self, flags):
+        if self.state != fakelibvirt.VIR_DOMAIN_SHUTOFF:
+            raise libvirt_error("domain is already running")
+        paused = flags & fakelibvirt.VIR_DOMAIN_START_PAUSED
+        self.state = fakelibvirt.VIR_DOMAIN_PAUSED if paused else self._saved
+
+    def attachDeviceFlags(self, xml, flags):
+        self.devices.append(_address(etree.fromstring(xml)))
+
+    def detachDeviceFlags(self, xml, flags):
+        self.devices.remove(_address(etree.fromstring(xml)))
+
+    def blockStats(self, device):
+        return [2, 10000242400, 234, 2343424234, 34]
+
+    def agentSetResponseTimeout(self, seconds, flags=0):
+        with self._changed:
+            self.agent_patience = seconds
+            self._changed.notify_all()
+
+    def fsFreeze(self):
+        with self._changed:
+            self.frozen = True
+            self.freezes += 1
+            self._changed.notify_all()
+
+    def fsThaw(self):
+        with self._changed:
+            self.frozen = False
+            self.thaws += 1
+            self._changed.notify_all()
+
+
+def _hostdev(address):
+    domain, bus, rest = address.split(":")
+    slot, function = rest.split(".")
+    source = f"<address domain='0x{domain}' bus='0x{bus}' slot='0x{slot}' function='0x{function}'/>"
+    return f"<hostdev mode='subsystem' type='pci' managed='yes'><source>{source}</source></hostdev>"
+
+
+def _address(hostdev):
+    found = hostdev.find("source/address")
+    domain, bus, slot, function = (int(found.get(part), 16) for part in ("domain", "bus", "slot", "function"))
+    return f"{domain:04x}:{bus:02x}:{slot:02x}.{function:x}"
+
+
+class EngineInMemory:
+    """The engine as nova-compute sees it.
+
+    :ivar disks: names of the servers' disks.
+    :ivar left: what exists because of a snapshot request, by job: an rbd image in Glance's pool, a frozen snapshot.
+    :ivar jobs: the ledger.
+    :ivar asked: every job that ever came here.
+    :ivar meanwhile: what happens during a call or step of that name; what it raises is what the call meets.
+    :ivar cancelled: set once a job that is at work shall stop.
+    """
+
+    def __init__(self):
+        self.disks = set()
+        self.left = {}
+        self.jobs = set()
+        self.asked = []
+        self.meanwhile = {}
+        self.parent_pool = GLANCE_POOL
+        self.cancelled = threading.Event()
+        self._reserved = {}
+        self._at_work = {}
+
+    def _reach(self, name):
+        self.meanwhile.get(name, lambda: None)()
+
+    def describe(self, disk):
+        self._reach("describe")
+        return {"fsid": FSID, "pool": NOVA_POOL, "parent_pool": self.parent_pool}
+
+    def reserve_clone(self, image_id, disk, dest_pool):
+        self._reserve("reserve_clone", image_id, disk, f"{dest_pool}/{image_id}@snap, made of {disk}")
+        return Location(FSID, ImageSpec(dest_pool, image_id).snap("snap")).url
+
+    def reserve_freeze(self, job_id, disk):
+        self._reserve("reserve_freeze", job_id, disk, None)
+        return job_id
+
+    def _reserve(self, call, job_id, disk, image):
+        self.asked.append(job_id)
+        self._reach(call)
+        self.jobs.add(job_id)
+        self._reserved[job_id] = disk, image
+
+    def perform(self, job_id, snap_before, report):
+        if job_id not in self._reserved:
+            raise errors.LedgerConflict(f"job {job_id} was not reserved by this engine")
+        disk, image = self._reserved.pop(job_id)
+        self._at_work[job_id] = disk
+        try:
+            self._begin("snap", report)
+            self.left[job_id] = f"{disk}@{job_id}"
+            if snap_before is not None and time.monotonic() > snap_before:
+                raise errors.NotQuiesced("the snapshot came after the guest's file systems had to be let go")
+            for step in ("clone", "flatten", "seal") if image else ():
+                self._begin(step, report)
+            self.left[job_id] = image or self.left[job_id]
+        except Exception:
+            self.rollback(job_id)
+            raise
+        finally:
+            del self._at_work[job_id]
+
+    def _begin(self, step, report):
+        report(step, 0, 0)
+        self._reach(step)
+        if self.cancelled.is_set():
+            raise errors.Cancelled("the snapshot was cancelled")
+
+    def finish(self, image_id):
+        self.jobs.remove(image_id)
+
+    def rollback(self, job_id):
+        self._reserved.pop(job_id, None)
+        self.left.pop(job_id, None)
+        known = job_id in self.jobs
+        self.jobs.discard(job_id)
+        return known
+
+    def leave(self, job_id):
+        """The job stays in the ledger until Glance's record tells what is to become of it."""
+
+    def cancel(self, server):
+        self._reach("cancel")
+        found = [job_id for job_id, disk in self._at_work.items() if disk.startswith(server)]
+        if found:
+            self.cancelled.set()
+        return found
+
+    def remove_disks(self, server):
+        self._reach("remove_disks")
+        mine = sorted(disk for disk in self.disks if disk.startswith(server))
+        held = [disk for disk in mine if disk.endswith(".held")]
+        self.disks -= {*mine} - {*held}
+        return [f"{NOVA_POOL}/{disk} is left: a snapshot of an operator's holds it" for disk in held]
+
+
+class GlanceInMemory:
+    """Our way into the images of Nova's own Glance fixture.
+
+    :ivar error: what asking for the location meets; nothing changes then.
+    """
+
+    def __init__(self, service):
+        self._images = service.images
+        self.error = None
+
+    def _image(self, image_id):
+        if image_id not in self._images:
+            raise errors.RecordGone(image_id)
+        return self._images[image_id]
+
+    def record(self, image_id):
+        image = self._image(image_id)
+        urls = tuple(filter(None, [image.get("location")]))
+        return glance.Record("active" if urls else "queued", urls, urls_complete=True, importing=False)
+
+    def answers(self):
+        return True
+
+    def set_properties(self, image_id, properties):
+        image = self._image(image_id)
+        for name, value in properties.items():
+            (image if name.endswith("_format") else image["properties"])[name] = value
+
+    def post_location(self, image_id, url):
+        if self.error:
+            raise self.error
+        self._image(image_id).update(location=url, status="active")
+
+    patch_location = post_location
+
+
+def use(case, engine, glance_):
+    """For the test *case*, disks are in Ceph, as far as Nova can tell, and ours finds these two."""
+    case.flags(images_type="rbd", images_rbd_pool=NOVA_POOL, group="libvirt")
+    for patch in (
+        mock.patch.object(rbd_utils, "rbd"),
+        mock.patch.object(rbd_utils, "rados"),
+        mock.patch.object(process, "engine", return_value=engine),
+        mock.patch.object(images, "glance_for", return_value=glance_),
+    ):
+        patch.start()
+        case.addCleanup(patch.stop)
+
+
+class ServerCase(test_driver._BaseSnapshotTests):
+    """Tests about a running server with its disk in Ceph, and an image that awaits its snapshot.
+
+    :ivar copy: qemu-img, which reads a disk for Nova's full copy.
+    """
+
+    def setUp(self):
+        super().setUp()
+        self.engine, self.glance = EngineInMemory(), GlanceInMemory(self.image_service)
+        use(self, self.engine, self.glance)
+        self.domains = {}
+        self.server = self.instance_ref
+        self.domain = self.give_domain(self.server)
+        self.image_id = self._create_image()["id"]
+        self.addCleanup(self.await_guest_calls)
+        self.copy = self.patch(nova_images, "convert_image")
+        self.patch(host.Host, "_get_domain", side_effect=lambda instance: self.domains[instance.uuid])
+        self.patch(host.Host, "has_min_version", return_value=True)
+        self.patch(nova_imagebackend.Image, "resolve_driver_format")
+        self.patch(compute_utils, "disk_ops_semaphore", compute_utils.UnlimitedSemaphore())
+        self.patch(test_driver.libvirt_utils, "file_open", side_effect=test_driver._fake_file_like_object)
+        self.driver = driver.LibvirtDriver(fake.FakeVirtAPI(), False)
+
+    def patch(self, owner, name, *new, **how):
+        patch = mock.patch.object(owner, name, *new, **how)
+        self.addCleanup(patch.stop)
+        return patch.start()
+
+    def give_domain(self, server, devices=()):
+        domain = self.domains[server.uuid] = Domain(server.uuid, devices)
+        self.engine.disks.add(f"{server.uuid}_disk")
+        return domain
+
+    def another_server(self):
+        """A second server on the same host. :returns: it and its domain."""
+        server = objects.Instance(**{**test_driver._create_test_instance(), "id": 2, "uuid": uuidsentinel.another})
+        server.info_cache = objects.InstanceInfoCache(network_info=None)
+        return server, self.give_domain(server)
+
+    def give_pci_devices(self):
+        """Give the server a device by its flavor, and a port that is a whole network card."""
+        requests = {GPU: uuidsentinel.gpu, PORT: uuidsentinel.port}
+        self.server.pci_requests = objects.InstancePCIRequests(
+            requests=[
+                objects.InstancePCIRequest(request_id=requests[GPU], alias_name="gpu"),
+                objects.InstancePCIRequest(request_id=requests[PORT], alias_name=None),
+            ]
+        )
+        self.server.pci_devices = objects.PciDeviceList(
+            objects=[
+                objects.PciDevice(compute_node_id=1, address=address, request_id=request, extra_info={})
+                for address, request in requests.items()
+            ]
+        )
+        card = network_model.VIF(
+            id=uuidsentinel.port,
+            type=network_model.VIF_TYPE_HOSTDEV,
+            vnic_type=network_model.VNIC_TYPE_DIRECT_PHYSICAL,
+            profile={"pci_slot": PORT},
+        )
+        self.server.info_cache.network_info = network_model.NetworkInfo([card])
+        self.domain = self.give_domain(self.server, [GPU, PORT])
+
+    def snapshot(self, server=None, update_task_state=None):
+        """Ask for a snapshot as the manager does; returns the image's record."""
+        update = update_task_state or self.mock_update_task_state
+        self.driver.snapshot(self.context, server or self.server, self.image_id, update)
+        return self.image_service.show(self.context, self.image_id)
+
+    @staticmethod
+    def guest_calls():
+        """The threads in which libvirt is asked something about a guest."""
+        return [thread for thread in threading.enumerate() if thread.name == "nova-rbd-snap-guest"]
+
+    def await_guest_calls(self):
+        for thread in self.guest_calls():
+            thread.join(PATIENCE_SECONDS)
+        self.assertEqual([], self.guest_calls())
+
+    def assert_no_image(self):
+        self.assertNotEqual("active", self.image_service.show(self.context, self.image_id)["status"])
+        self.assert_nothing_left()
+
+    def assert_nothing_left(self):
+        self.assertEqual({}, self.engine.left)
+        self.assertEqual(set(), self.engine.jobs)
