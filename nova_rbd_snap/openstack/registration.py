@@ -78,32 +78,39 @@ def register(
     :raises errors.InDoubt: it cannot be known whether the record points at *url*; keep the data.
     :raises errors.GlanceError: another of its kind; the record does not point at *url*, and will not.
     """
-    repeat(glance.set_properties, image_id, properties, timeout_seconds=timeout_seconds, sleep=sleep)
+    watch = functools.partial(
+        observe, glance, image_id, url, timeout_seconds=timeout_seconds, clock=clock, sleep=sleep
+    )
+    try:
+        repeat(glance.set_properties, image_id, properties, timeout_seconds=timeout_seconds, sleep=sleep)
+    except errors.RecordGone as error:
+        if watch(waiting_seconds=0) is State.WAITING:
+            raise _refused(error) from error
+        raise
     refusal = _send(glance, image_id, url)
     if refusal is None or (refusal.status or 0) >= 500:
         waiting_seconds = min(_TASK_SECONDS, timeout_seconds)
     else:
         waiting_seconds = timeout_seconds if isinstance(refusal, errors.GlanceSilent) else 0
-    state = observe(
-        glance,
-        image_id,
-        url,
-        timeout_seconds=timeout_seconds,
-        waiting_seconds=waiting_seconds,
-        clock=clock,
-        sleep=sleep,
-    )
+    state = watch(waiting_seconds=waiting_seconds)
     if state is State.HELD:
         return
     if state is State.GONE:
         raise errors.RecordGone(f"image {image_id} was deleted meanwhile")
     if state is State.FOREIGN:
         raise errors.NotQueued(f"image {image_id}: {state.value}")
+    if state is State.WAITING and isinstance(refusal, errors.RecordGone):
+        raise _refused(refusal)
     if state is State.WAITING and not isinstance(refusal, errors.GlanceSilent):
         raise refusal or errors.NotRegistered(f"image {image_id}: Glance's task gave the location {url} up")
     raise errors.InDoubt(
         f"image {image_id}: no certain answer from Glance long after location {url} was sent; the data is kept"
     )
+
+
+def _refused(error: errors.RecordGone) -> errors.NotRegistered:
+    """A "not found" of a record that is there: something refuses, and an upload may fare better."""
+    return errors.NotRegistered(f"{error}; yet the record is there, and waits for data")
 
 
 def observe(
