@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 import pytest
 from breakpoints import ENGINES, NOVAS
 from cloud import Cloud, Log, eventually
 from test_deaths import DEAD_CLIENT_SECONDS, gone
+
+from tests.faults import recording
 
 #: From here on Glance has the location, and the image stays.
 REGISTERED = ("wait", "finish")
@@ -45,15 +48,19 @@ QUICK = {("clone", "both"), ("seal", "engine"), ("ready", "nova-compute"), ("wai
 )
 def test_killed_at(cloud: Cloud, server: Any, held_at: Any, place: str, victim: str) -> None:
     """See the module."""
-    before, digest = cloud.picture(), cloud.disk_digest(server)
-    image_id = held_at(server, place)
-    killed(cloud, victim, held_at)
-    assert cloud.settled(server).status == "ACTIVE"
-    if victim == "engine" or place in REGISTERED:
-        eventually(lambda: cloud.image(image_id).status == "active", "the image is active", 20)
-        eventually(lambda: cloud.ceph.ledger(cloud.vms) == {}, "no job is left")
-        assert cloud.image_digest(image_id) == digest
-        cloud.delete_image(image_id)
-    else:
-        eventually(lambda: cloud.image(image_id) is None, "the image record is deleted", DEAD_CLIENT_SECONDS)
-    cloud.unchanged(before, DEAD_CLIENT_SECONDS)
+    with recording.cell(f"{victim} killed at {place}", real=True, kill=True) as found:
+        before, digest = cloud.picture(), cloud.disk_digest(server)
+        image_id = held_at(server, place)
+        interruptions, began = cloud.guests.interruptions(server.id), time.monotonic()
+        killed(cloud, victim, held_at)
+        assert cloud.settled(server).status == "ACTIVE"
+        if victim == "engine" or place in REGISTERED:
+            eventually(lambda: cloud.image(image_id).status == "active", "the image is active", 20)
+            eventually(lambda: cloud.ceph.ledger(cloud.vms) == {}, "no job is left")
+            assert cloud.image_digest(image_id) == digest
+            cloud.delete_image(image_id)
+        else:
+            eventually(lambda: cloud.image(image_id) is None, "the image record is deleted", DEAD_CLIENT_SECONDS)
+        cloud.unchanged(before, DEAD_CLIENT_SECONDS)
+        found.wait_seconds = time.monotonic() - began
+        found.guest_suspensions = cloud.guests.interruptions(server.id) - interruptions

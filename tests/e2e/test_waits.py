@@ -43,7 +43,7 @@ def threads(cloud: Cloud) -> int:
     return len(list(pathlib.Path(f"/proc/{cloud.nova_compute}/task").iterdir()))
 
 
-def test_nova_compute_goes_on(cloud: Cloud, server: Any, record_property: Any) -> None:
+def test_nova_compute_goes_on(cloud: Cloud, server: Any) -> None:
     """It answers while our request waits for the cluster as an idle stock one does under the same fault; the request
     ends in time; and what the fault left heals by itself: jobs, threads, connections."""
     cloud.configure({"DEFAULT": {"compute_driver": "libvirt.LibvirtDriver"}})
@@ -51,17 +51,18 @@ def test_nova_compute_goes_on(cloud: Cloud, server: Any, record_property: Any) -
         stock = slowest_answer(cloud)
     cloud.configure({"rbd_snap": {"operation_timeout": PATIENCE_SECONDS}})
     cloud.delete_image(cloud.snapshot(server).id)
-    before, busy = cloud.picture(), threads(cloud)
-    with silent_cluster():
-        began = time.monotonic()
-        image_id = cloud.request(server)
-        ours = slowest_answer(cloud)
-        cloud.failed_snapshot(server, image_id, seconds=2 * PROMISED_SECONDS)
-        waited = time.monotonic() - began
-    print(f"slowest answer: stock {stock:.2f} s, ours {ours:.2f} s; the request ended after {waited:.0f} s")
-    record_property("wait_seconds", waited)
-    assert ours < ANSWER_SECONDS
-    cloud.unchanged(before, 120)
-    eventually(lambda: threads(cloud) <= busy, "no thread is lost")
+    before, busy = cloud.picture(), []
+    for _ in range(2):  # the first time Nova fills its own pools of threads
+        with silent_cluster():
+            began = time.monotonic()
+            image_id = cloud.request(server)
+            ours = slowest_answer(cloud)
+            cloud.failed_snapshot(server, image_id, seconds=2 * PROMISED_SECONDS)
+            waited = time.monotonic() - began
+        print(f"slowest answer: stock {stock:.2f} s, ours {ours:.2f} s; the request ended after {waited:.0f} s")
+        assert ours < ANSWER_SECONDS
+        cloud.unchanged(before, 120)
+        busy.append(threads(cloud))
+    eventually(lambda: threads(cloud) <= busy[0], "no thread is lost")
     eventually(lambda: cloud.rados_clients(cloud.engines()[0]) == 1, "one connection")
     assert cloud.snapshot(server).status == "active"
