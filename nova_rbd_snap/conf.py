@@ -6,6 +6,7 @@ nova-compute, the engine and the command line read the same nova.conf; only this
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -88,11 +89,17 @@ OPTIONS = [
 ]
 
 #: What we read of Nova's own options where Nova is not there to register them. Names and meaning are Nova's.
-_NOVAS = {
+_NOVAS: dict[Optional[str], list[Any]] = {
+    None: [
+        cfg.StrOpt("instances_path", default="$state_path/instances"),
+        # Nova's is the folder of its own package, which only Nova knows.
+        cfg.StrOpt("state_path", default="unknown"),
+    ],
     "libvirt": [
         cfg.StrOpt("images_rbd_pool", default="rbd"),
         cfg.StrOpt("images_rbd_ceph_conf", default=""),
         cfg.StrOpt("rbd_user"),
+        cfg.StrOpt("snapshots_directory", default="$instances_path/snapshots"),
     ],
 }
 
@@ -109,6 +116,7 @@ class Settings:
     :ivar ceph_conf: path of the Ceph configuration file, empty for librados' own search.
     :ivar ceph_user: cephx user without ``client.``, None for librados' default.
     :ivar operation_timeout: seconds, as *reclaim_interval*.
+    :ivar snapshots_directory: where Nova's own full copy keeps its files; None where the configuration does not tell.
     """
 
     pool: str
@@ -120,6 +128,7 @@ class Settings:
     operation_timeout: int
     reclaim_interval: int
     auth_section: str
+    snapshots_directory: Optional[str] = None
 
     @classmethod
     def read(cls, conf: Any) -> Settings:
@@ -128,7 +137,7 @@ class Settings:
         :raises BadOption: a value is out of its range.
         """
         _validate(conf)
-        ours = conf.rbd_snap
+        ours, copies = conf.rbd_snap, conf.libvirt.snapshots_directory
         return cls(
             pool=conf.libvirt.images_rbd_pool,
             ceph_conf=conf.libvirt.images_rbd_ceph_conf or "",
@@ -139,6 +148,7 @@ class Settings:
             operation_timeout=ours.operation_timeout,
             reclaim_interval=ours.reclaim_interval,
             auth_section=ours.auth_section,
+            snapshots_directory=copies if os.path.isabs(copies) else None,
         )
 
 
@@ -192,12 +202,16 @@ def load(arguments: Sequence[str]) -> Any:
     """nova.conf as read by a process without Nova.
 
     :param arguments: ``--config-file`` and ``--config-dir`` as nova-compute got them; empty for its default files.
+    :raises BadOption: there is no such file, or it cannot be read.
     """
     conf = cfg.ConfigOpts()
     register(conf)
     for group, options in _NOVAS.items():
         conf.register_opts(options, group=group)
-    conf(list(arguments), project="nova", prog="nova-compute")
+    try:
+        conf(list(arguments), project="nova", prog="nova-compute")
+    except cfg.Error as error:
+        raise BadOption(f"nova-compute's configuration cannot be read: {error}") from error
     return conf
 
 

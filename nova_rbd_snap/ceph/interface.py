@@ -8,13 +8,40 @@ The docstrings are the contract: ``tests/contract`` runs the same cases on both.
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from dataclasses import dataclass
 from typing import Callable, Optional, Protocol
 
-from nova_rbd_snap.specs import ImageSpec, SnapSpec
+from nova_rbd_snap import errors
+from nova_rbd_snap.specs import ImageSpec, SnapSpec, client_address
 
 #: Called with bytes done and bytes in all; False asks to stop.
 OnProgress = Callable[[int, int], bool]
+
+#: What a user who may not :meth:`Cluster.fence` lacks, for the message.
+CAPS_TO_FENCE = "the user needs mon 'profile rbd' for it"
+
+#: Clients bind to no port; what has one is a daemon.
+_CLIENT = re.compile(r"(?P<host>.+):0/(?P<nonce>[0-9]{1,10})")
+#: Ceph keeps 32 bits of a nonce: of a larger one it would cut off another client, or with 2**32 a whole host.
+_NONCES = range(1, 1 << 32)
+
+
+def one_client(address: str) -> str:
+    """*address* as the blocklist takes it.
+
+    :raises errors.Refused: it is not the address of a single client, see :meth:`Cluster.fence`.
+    """
+    try:
+        client = client_address(address)
+        found = _CLIENT.fullmatch(client)
+        if found is None or int(found["nonce"]) not in _NONCES:
+            raise ValueError(f"{address!r} is not the address of one client: host:0/nonce")
+        ipaddress.ip_address(found["host"].strip("[]"))
+    except ValueError as error:
+        raise errors.Refused(f"nobody is fenced: {error}") from error
+    return client
 
 
 @dataclass(frozen=True)
@@ -63,11 +90,14 @@ class Cluster(Protocol):
         """This client's address with nonce, as :meth:`fence` takes it."""
 
     def fence(self, address: str) -> None:
-        """Cut off the one client with this address for a day; when this returns nothing of it arrives any more.
+        """Cut off the one client with this address for a day.
 
-        Implements ``ceph osd blocklist add``.
+        Once this has returned, whatever the fencing client touches is closed to the fenced one: the operation carries
+        the new map to its OSD. What nobody has touched since may take a last write, until that OSD hears of the map by
+        itself: look before you trust. Implements ``ceph osd blocklist add``.
 
         :raises Refused: *address* is no single client's: blocklisting it would cut off every guest of a host.
+        :raises NoPermission: the user lacks mon ``profile rbd``.
         """
 
     def has_pool(self, pool: str) -> bool:
@@ -147,7 +177,10 @@ class Cluster(Protocol):
         """
 
     def omap_items(self, pool: str, name: str) -> dict[str, str]:
-        """All pairs of the RADOS object *name*; empty where there is no object."""
+        """All pairs of the RADOS object *name*; empty where there is no object.
+
+        Bytes that are no UTF-8 are shown escaped; :meth:`omap_replace` does not take that for what is there.
+        """
 
     def omap_replace(self, pool: str, name: str, key: str, old: Optional[str], new: Optional[str]) -> None:
         """Set *key* to *new*, or remove it, in one step and only while it is *old* (None: absent).

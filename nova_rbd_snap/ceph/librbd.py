@@ -18,7 +18,7 @@ import rbd
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph import translate
-from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo
+from nova_rbd_snap.ceph.interface import CAPS_TO_FENCE, ImageInfo, OnProgress, SnapInfo, one_client
 from nova_rbd_snap.specs import ImageSpec, SnapSpec, client_address
 
 _OMAP_PAGE = 1000
@@ -42,6 +42,24 @@ def _feature_bits(text: str) -> int:
         return int(text)
     names = (name.strip().replace("-", "_").upper() for name in text.split(","))
     return sum(getattr(rbd, f"RBD_FEATURE_{name}") for name in names if name)
+
+
+def _raw(pairs: Iterator[tuple[str, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+    """What the binding lists, with the keys that it cannot decode, whose values it does not tell."""
+    while True:
+        try:
+            key, value = next(pairs)
+        except StopIteration:
+            return
+        except UnicodeDecodeError as error:  # it has gone on to the next one all the same
+            yield error.object, b""
+        else:
+            yield key.encode(), value
+
+
+def _text(data: bytes) -> str:
+    """Anybody may have written it; no text of ours has such escapes, so none is taken for it."""
+    return data.decode(errors="backslashreplace")
 
 
 class LibrbdCluster:
@@ -92,14 +110,14 @@ class LibrbdCluster:
             return client_address(self._rados.get_addrs())
 
     def fence(self, address: str) -> None:
+        client = one_client(address)
         try:
-            client = client_address(address)
-        except ValueError as error:
-            raise errors.Refused(f"nobody is fenced: {error}") from error
-        with _translated(f"blocklist client {client}"):
-            self._rados.blocklist_add(client, _FENCE_SECONDS)
-            # What follows carries the new map, so no OSD serves it before it has heard.
-            self._rados.wait_for_latest_osdmap()
+            with _translated(f"blocklist client {client}"):
+                self._rados.blocklist_add(client, _FENCE_SECONDS)
+                # What follows carries the new map, so no OSD serves it before it has heard.
+                self._rados.wait_for_latest_osdmap()
+        except errors.NoPermission as error:
+            raise errors.NoPermission(f"{error}; {CAPS_TO_FENCE}") from error
 
     def has_pool(self, pool: str) -> bool:
         with _translated(f"look up pool {pool}"):
@@ -230,33 +248,38 @@ class LibrbdCluster:
                 if self._parent(opened) is not None:
                     raise
 
-    def remove(self, image: ImageSpec) -> None:
+    @contextlib.contextmanager
+    def _removing(self, doing: str, image: ImageSpec) -> Iterator[Any]:
         try:
-            with _translated(f"remove {image}"), self._pool(image.pool) as ioctx:
-                rbd.RBD().remove(ioctx, image.name)
+            with _translated(doing), self._pool(image.pool) as ioctx:
+                yield ioctx
         except errors.Missing as error:
             # On a full pool librbd says "not found" of an image that is there.
             if self.exists(image):
-                raise errors.CephError(f"remove {image}: librbd says not found, but it is still there") from error
+                raise errors.CephError(f"{doing}: librbd says not found, but it is still there") from error
             raise
 
+    def remove(self, image: ImageSpec) -> None:
+        with self._removing(f"remove {image}", image) as ioctx:
+            rbd.RBD().remove(ioctx, image.name)
+
     def trash(self, image: ImageSpec) -> None:
-        with _translated(f"move {image} to the trash"), self._pool(image.pool) as ioctx:
+        with self._removing(f"move {image} to the trash", image) as ioctx:
             rbd.RBD().trash_move(ioctx, image.name, 0)
 
     def omap_items(self, pool: str, name: str) -> dict[str, str]:
-        found: dict[str, str] = {}
+        found: dict[bytes, bytes] = {}
         with _translated(f"read {pool}/{name}"), self._pool(pool) as ioctx, contextlib.suppress(rados.ObjectNotFound):
-            while page := self._omap_page(ioctx, name, after=max(found, default="")):
+            while page := self._omap_page(ioctx, name, after=max(found, default=b"")):
                 found.update(page)
-        return found
+        return {_text(key): _text(value) for key, value in found.items()}
 
     @staticmethod
-    def _omap_page(ioctx: Any, name: str, after: str) -> dict[str, str]:
+    def _omap_page(ioctx: Any, name: str, after: bytes) -> dict[bytes, bytes]:
         with rados.ReadOpCtx() as operation:
             pairs, _ = ioctx.get_omap_vals(operation, after, "", _OMAP_PAGE)
             ioctx.operate_read_op(operation, name)
-            return {key: value.decode() for key, value in pairs}
+            return dict(_raw(pairs))
 
     def omap_replace(self, pool: str, name: str, key: str, old: Optional[str], new: Optional[str]) -> None:
         with _translated(f"write {key} in {pool}/{name}"), self._pool(pool) as ioctx, rados.WriteOpCtx() as operation:

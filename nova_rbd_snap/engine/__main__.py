@@ -8,62 +8,23 @@ import functools
 import logging
 import signal
 import socket
-import sys
 import threading
 from types import FrameType
-from typing import Any, Optional
+from typing import Optional
 
 from nova_rbd_snap import conf, errors
-from nova_rbd_snap.ceph.interface import Cluster
-from nova_rbd_snap.engine import wire
+from nova_rbd_snap.engine import wire, wiring
 from nova_rbd_snap.engine.server import LogToParent, Server
 from nova_rbd_snap.engine.service import Engine
 from nova_rbd_snap.ledger.job import Owner
 
 
-def _connect(settings: conf.Settings) -> Cluster:
-    from nova_rbd_snap.ceph.librbd import LibrbdCluster
-
-    return LibrbdCluster(
-        conf=settings.ceph_conf,
-        user=settings.ceph_user,
-        timeout_seconds=settings.operation_timeout,
-        clone_format=settings.clone_format,
-    )
-
-
-def _need_bindings() -> None:
-    try:
-        import rados
-        import rbd
-    except ImportError as error:
-        raise errors.EngineUnavailable(
-            f"{sys.executable} cannot import Ceph's Python bindings ({error}); install the distribution's packages "
-            "python3-rados and python3-rbd for it"
-        ) from error
-    del rados, rbd
-
-
 def _build(server: Server, config: list[str]) -> Engine:
     hello = server.greet()
-    _need_bindings()
+    wiring.need_bindings()
     nova_conf = conf.load(config)
-    settings = conf.Settings.read(nova_conf)
-
-    def glance() -> Any:
-        from nova_rbd_snap.openstack import keystone
-
-        return keystone.glance_as_service(nova_conf, settings)
-
-    from nova_rbd_snap.openstack import registration
-
-    return Engine(
-        settings,
-        functools.partial(Owner, hello["host"], hello["machine"], hello["incarnation"]),
-        held=hello["held"],
-        connect=lambda: _connect(settings),
-        images=registration.Images(glance, settings.operation_timeout),
-    )
+    owner = functools.partial(Owner, hello["host"], hello["machine"], hello["incarnation"])
+    return wiring.engine(nova_conf, conf.Settings.read(nova_conf), owner, hello["held"])
 
 
 def main() -> None:

@@ -32,6 +32,8 @@ _START_SECONDS = 60
 _BACK_OFF_SECONDS = (1, 8)
 #: Seconds between two starts that nobody waits for, once one has failed.
 _RETRY_SECONDS = 60
+#: How many engines are told what only nova-compute knows, where one after the other ends over it.
+_ATTEMPTS = 3
 #: An engine that lived this long ended for a new reason; back-off starts over.
 _LONG_LIFE_SECONDS = 120
 
@@ -214,7 +216,7 @@ class EngineClient:
 
     def rollback(self, job_id: str) -> bool:
         with self._leaving(job_id):
-            return bool(self._call("rollback", job_id=job_id))
+            return bool(self._insist("rollback", job_id=job_id))
 
     def leave(self, job_id: str) -> None:
         with self._leaving(job_id):
@@ -270,6 +272,17 @@ class EngineClient:
 
     def _call(self, name: str, report: Optional[Report] = None, **arguments: Any) -> Any:
         return self._running().call(name, arguments, self._patience, report)
+
+    def _insist(self, name: str, **arguments: Any) -> Any:
+        """A call that may be made twice, to one engine after the other until one lives to answer it."""
+        for _ in range(_ATTEMPTS - 1):
+            try:
+                return self._call(name, **arguments)
+            except errors.EngineStuck:
+                raise
+            except errors.EngineError as error:
+                LOG.warning("'%s' is called again: %s", name, error)
+        return self._call(name, **arguments)
 
     def _running(self) -> _Process:
         with self._starting:

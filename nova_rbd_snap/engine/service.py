@@ -445,11 +445,12 @@ class Engine:
             self._held.add(job.id)
         try:
             self._reserved[job.id] = self._ledger(cluster).reserve(job)
-        except errors.SnapError as error:
+        except Exception as cause:
+            error = errors.known(cause)
             if not isinstance(error, errors.LedgerConflict):  # else somebody has the say about the one that is there
                 self.leave(job.id)
             error.step = "reserve"
-            raise
+            raise error from cause.__cause__ if error is cause else cause
 
     def _rollback(self, job_id: str, report: Report = _unheard) -> bool:
         with self._connection() as cluster:

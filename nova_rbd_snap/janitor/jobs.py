@@ -8,6 +8,7 @@ an unfinished clone of this very job; all else stays in the ledger, with the rea
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Callable, Optional, Protocol
 
 from nova_rbd_snap import errors
@@ -55,8 +56,10 @@ def conclude(job: Job, ledger: Ledger, run: saga.Run, images: Images) -> None:
     :raises errors.SnapError: as :func:`undo`.
     """
     ask = functools.cache(images.settle if job.orphaned else images.uses)
-    if _is_registered(job, run, ask):
-        ledger.forget(job)
+    if _is_in_use(job, run, ask):
+        # Of a job that never was ready it is somebody else's: as a rule Nova's own copy. It stays, and the rest goes.
+        before_clone = itertools.takewhile(lambda step: not isinstance(step, steps.Clone), steps.started(job))
+        _close(job, saga.undo(job, tuple(before_clone), run), ledger)
         return
     if not job.orphaned:
         undo(job, ledger, run)
@@ -89,8 +92,8 @@ def _close(job: Job, failures: dict[str, str], ledger: Ledger) -> None:
         raise error
 
 
-def _is_registered(job: Job, run: saga.Run, ask: Ask) -> bool:
-    """Whether Glance uses the job's image.
+def _is_in_use(job: Job, run: saga.Run, ask: Ask) -> bool:
+    """Whether Glance uses the rbd image under the clone's name.
 
     :raises errors.InDoubt: that cannot be known.
     """
@@ -100,11 +103,9 @@ def _is_registered(job: Job, run: saga.Run, ask: Ask) -> bool:
     if not run.cluster.exists(job.dest):
         return False
     answer, why = _ask_about(job, run, ask)
-    if job.step == steps.READY and answer is not None:
-        return answer
-    if answer or (answer is None and not steps.is_unfinished(job, run)):
+    if answer is None and not steps.is_unfinished(job, run):
         raise errors.InDoubt(f"image {job.id} uses {job.dest}, or may come to, so it is kept{why and ': '}{why}")
-    return False
+    return bool(answer)
 
 
 def _ask_about(job: Job, run: saga.Run, ask: Ask) -> tuple[Optional[bool], str]:

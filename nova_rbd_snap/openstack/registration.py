@@ -83,34 +83,33 @@ def register(
     )
     try:
         repeat(glance.set_properties, image_id, properties, timeout_seconds=timeout_seconds, sleep=sleep)
-    except errors.RecordGone as error:
-        if watch(waiting_seconds=0) is State.WAITING:
-            raise _refused(error) from error
-        raise
+    except (errors.RecordGone, errors.NotRegistered) as error:
+        raise _failure(watch(waiting_seconds=0), error, image_id) or error from None
     refusal = _send(glance, image_id, url)
     if refusal is None or (refusal.status or 0) >= 500:
         waiting_seconds = min(_TASK_SECONDS, timeout_seconds)
     else:
         waiting_seconds = timeout_seconds if isinstance(refusal, errors.GlanceSilent) else 0
     state = watch(waiting_seconds=waiting_seconds)
-    if state is State.HELD:
-        return
+    if state is not State.HELD:
+        raise _failure(state, refusal, image_id) or errors.InDoubt(
+            f"image {image_id}: no certain answer from Glance long after location {url} was sent; the data is kept"
+        )
+
+
+def _failure(
+    state: Optional[State], refusal: Optional[errors.GlanceError], image_id: str
+) -> Optional[errors.GlanceError]:
+    """What *refusal* comes to, now that the record was read; None where nothing is certain."""
     if state is State.GONE:
-        raise errors.RecordGone(f"image {image_id} was deleted meanwhile")
+        return errors.RecordGone(f"image {image_id} was deleted meanwhile")
     if state is State.FOREIGN:
-        raise errors.NotQueued(f"image {image_id}: {state.value}")
-    if state is State.WAITING and isinstance(refusal, errors.RecordGone):
-        raise _refused(refusal)
-    if state is State.WAITING and not isinstance(refusal, errors.GlanceSilent):
-        raise refusal or errors.NotRegistered(f"image {image_id}: Glance's task gave the location {url} up")
-    raise errors.InDoubt(
-        f"image {image_id}: no certain answer from Glance long after location {url} was sent; the data is kept"
-    )
-
-
-def _refused(error: errors.RecordGone) -> errors.NotRegistered:
-    """A "not found" of a record that is there: something refuses, and an upload may fare better."""
-    return errors.NotRegistered(f"{error}; yet the record is there, and waits for data")
+        return errors.NotQueued(f"image {image_id}: {state.value}")
+    if state is not State.WAITING or isinstance(refusal, errors.GlanceSilent):
+        return None
+    if isinstance(refusal, errors.RecordGone):  # said something that refuses, for the record is there
+        return errors.NotRegistered(f"{refusal}; yet the record is there, and waits for data")
+    return refusal or errors.NotRegistered(f"image {image_id}: Glance's task gave the location up")
 
 
 def observe(

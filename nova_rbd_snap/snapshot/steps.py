@@ -86,13 +86,17 @@ class Clone:
         return {"dest_id": run.cluster.clone(job.snap, dest, job.data_pool)}
 
     def undo(self, job: Job, run: Run) -> None:
-        dest = _dest(job)
-        if not run.cluster.exists(dest):
-            return
-        if not self._is_ours(job, run):
-            raise errors.CephError(f"left {dest} alone: it is not the clone of {job.snap}")
+        def remove(dest: ImageSpec) -> None:
+            if run.cluster.exists(dest):
+                if not self._is_ours(job, run):
+                    raise errors.CephError(f"left {dest} alone: it is not the clone of {job.snap}")
+            elif dest.name not in run.cluster.images(dest.pool):
+                return
+            # A name that is free but listed: somebody died while removing it, and librbd goes on from there.
+            run.cluster.remove(dest)
+
         with contextlib.suppress(errors.Missing):
-            when_free(run, "undo clone", run.cluster.remove, dest)
+            when_free(run, "undo clone", remove, _dest(job))
 
     @staticmethod
     def _is_ours(job: Job, run: Run) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,17 @@ OBJECT_BYTES = fake.OBJECT_BYTES
 
 #: Without any for the OSDs a client gets no ticket for them, and its calls time out instead of being denied.
 _CAPS_ELSEWHERE = ["mon", "profile rbd", "osd", "profile rbd pool=elsewhere"]
+#: All rights but that of the monitor's profile for rbd: to blocklist.
+_CAPS_TO_READ_MAPS = ["mon", "allow r", "osd", "profile rbd"]
+
+
+class Guest(Protocol):
+    """A server's QEMU: a client of its own, on the same machine, that has a disk open and writes to it."""
+
+    address: str
+
+    def write(self, number: int, data: bytes) -> None:
+        """Write to the start of object *number*. :raises Exception: it may not any more."""
 
 
 class World(Protocol):
@@ -49,6 +61,15 @@ class World(Protocol):
     def connect_without_rights(self) -> Cluster:
         """A connection of a user who may use none of the pools."""
 
+    def connect_without_fencing(self) -> Cluster:
+        """A connection of a user who may do all but blocklist."""
+
+    def guest(self, disk: ImageSpec) -> contextlib.AbstractContextManager[Guest]:
+        """Let a guest run on *disk*."""
+
+    def blocklist(self) -> set[str]:
+        """The addresses that are cut off."""
+
     def connect_cut_off(self) -> Cluster:
         """A connection whose client is on the blocklist."""
 
@@ -67,6 +88,12 @@ class World(Protocol):
     def fill(self, pool: str) -> contextlib.AbstractContextManager[None]:
         """Use up the pool's quota, for a while."""
 
+    def clone_without_deep_flatten(self, snap: SnapSpec, dest: ImageSpec) -> None:
+        """A clone as somebody else may make it."""
+
+    def write_omap(self, pool: str, name: str, key: bytes, value: bytes) -> None:
+        """Write a pair as somebody else may."""
+
     def half_clone(self, half: str, snap: SnapSpec, dest: ImageSpec) -> None:
         """Leave what a clone that did not return leaves."""
 
@@ -78,22 +105,37 @@ class FakeWorld:
 
     def __init__(self) -> None:
         self._cluster = fake.FakeCluster(self.vms, self.images, self.ec_free, self.ec_data)
+        self._cluster.now = time.time()
 
     def new_pool(self) -> str:
         self._cluster.create_pool("new")
         return "new"
 
-    def connect(self, clone_format: int = 2) -> Cluster:
-        return self._cluster.another(clone_format)
+    def connect(self, clone_format: int = 2) -> fake.FakeCluster:
+        connection = self._cluster.another(clone_format)
+        connection.now = time.time()
+        return connection
 
     def connect_without_rights(self) -> Cluster:
         stranger = self._cluster.another()
         stranger.forbidden = {self.vms, self.images, self.ec_free, self.ec_data}
         return stranger
 
+    def connect_without_fencing(self) -> Cluster:
+        reader = self._cluster.another()
+        reader.may_fence = False
+        return reader
+
+    @contextlib.contextmanager
+    def guest(self, disk: ImageSpec) -> Iterator[Guest]:
+        yield _FakeGuest(self.connect(), disk)
+
+    def blocklist(self) -> set[str]:
+        return self._cluster.fenced
+
     def connect_cut_off(self) -> Cluster:
         victim = self._cluster.another()
-        victim.blocklisted = True
+        self._cluster.fence(victim.address())
         return victim
 
     def create(self, image: ImageSpec, object_count: int = 4, **more: Any) -> None:
@@ -109,7 +151,8 @@ class FakeWorld:
     def open(self, image: ImageSpec) -> Iterator[None]:
         self._cluster.hold(image, float("inf"))
         yield
-        self._cluster.hold(image, 0)
+        with contextlib.suppress(errors.Missing):
+            self._cluster.hold(image, 0)
 
     @contextlib.contextmanager
     def fill(self, pool: str) -> Iterator[None]:
@@ -117,8 +160,39 @@ class FakeWorld:
         yield
         self._cluster.fill(pool, full=False)
 
+    def clone_without_deep_flatten(self, snap: SnapSpec, dest: ImageSpec) -> None:
+        self._cluster.clone(snap, dest, None)
+        self._cluster._open(dest).deep_flatten = False
+
+    def write_omap(self, pool: str, name: str, key: bytes, value: bytes) -> None:
+        self._cluster.write_omap(pool, name, key, value)
+
     def half_clone(self, half: str, snap: SnapSpec, dest: ImageSpec) -> None:
         self._cluster.make_half_clone(half, snap, dest)
+
+
+class _FakeGuest:
+    """See :class:`Guest`."""
+
+    def __init__(self, client: fake.FakeCluster, disk: ImageSpec) -> None:
+        self.address = client.address()
+        self._client, self._disk = client, disk
+
+    def write(self, number: int, data: bytes) -> None:
+        self._client.lookup(self._disk)  # as itself
+        self._client.write(self._disk, number, data)
+
+
+class _RealGuest:
+    """See :class:`Guest`."""
+
+    def __init__(self, client: Any, opened: Any) -> None:
+        self.address = _plain(client.get_addrs())
+        self._opened = opened
+
+    def write(self, number: int, data: bytes) -> None:
+        self._opened.write(data, number * OBJECT_BYTES)
+        self._opened.flush()
 
 
 class RealWorld:
@@ -149,15 +223,20 @@ class RealWorld:
             )
         )
         self.mon("osd pool set", pool=self.ec_data, var="allow_ec_overwrites", val="true")
-        self._stranger = f"contract-{session}"
-        self._key = self.mon("auth get-or-create-key", entity=f"client.{self._stranger}", caps=_CAPS_ELSEWHERE)
-        stack.callback(self.mon, "auth rm", entity=f"client.{self._stranger}")
+        self._stranger = self._create_user(f"contract-{session}", _CAPS_ELSEWHERE)
+        self._reader = self._create_user(f"contract-{session}-reader", _CAPS_TO_READ_MAPS)
 
     def mon(self, prefix: str, **more: Any) -> str:
         code, out, text = self._rados.mon_command(json.dumps({"prefix": prefix, **more}), b"")
         if code:
             raise AssertionError(f"{prefix} {more}: {code} {text}")
         return out.decode().strip()
+
+    def _create_user(self, name: str, caps: list[str]) -> tuple[str, str]:
+        """A cephx user; returns name and key."""
+        key = self.mon("auth get-or-create-key", entity=f"client.{name}", caps=caps)
+        self._stack.callback(self.mon, "auth rm", entity=f"client.{name}")
+        return name, key
 
     def _create_pool(self, name: str, **more: Any) -> str:
         self.mon("osd pool create", pool=name, pg_num=1, **more)
@@ -179,18 +258,39 @@ class RealWorld:
         return self._connect("admin", clone_format)
 
     def connect_without_rights(self) -> Cluster:
+        return self._connect_as(*self._stranger)
+
+    def connect_without_fencing(self) -> Cluster:
+        return self._connect_as(*self._reader)
+
+    def _connect_as(self, user: str, key: str) -> Cluster:
         import tempfile
 
         folder = Path(self.connections.enter_context(tempfile.TemporaryDirectory()))
         keyring, conf = folder / "keyring", folder / "ceph.conf"
-        keyring.write_text(f"[client.{self._stranger}]\nkey = {self._key}\n")
-        conf.write_text(f"{CEPH_CONF.read_text()}\n[client.{self._stranger}]\nkeyring = {keyring}\n")
-        return self._connect(self._stranger, conf=conf)
+        keyring.write_text(f"[client.{user}]\nkey = {key}\n")
+        conf.write_text(f"{CEPH_CONF.read_text()}\n[client.{user}]\nkeyring = {keyring}\n")
+        return self._connect(user, conf=conf)
+
+    @contextlib.contextmanager
+    def guest(self, disk: ImageSpec) -> Iterator[Guest]:
+        client = self._rados_module.Rados(rados_id="admin", conffile=str(CEPH_CONF))
+        client.connect(timeout=10)
+        try:
+            ioctx = client.open_ioctx(disk.pool)
+            with self._rbd.Image(ioctx, disk.name) as opened:
+                yield _RealGuest(client, opened)
+            ioctx.close()
+        finally:
+            client.shutdown()
+
+    def blocklist(self) -> set[str]:
+        return {line.split()[0] for line in self.mon("osd blocklist ls").splitlines()}
 
     def connect_cut_off(self) -> Cluster:
         victim = self.connect()
-        self.mon("osd blocklist", blocklistop="add", addr=_plain(victim.address()))
-        self.connections.callback(self.mon, "osd blocklist", blocklistop="rm", addr=_plain(victim.address()))
+        self.mon("osd blocklist", blocklistop="add", addr=victim.address())
+        self.connections.callback(self.mon, "osd blocklist", blocklistop="rm", addr=victim.address())
         nothing = ImageSpec(self.vms, "nothing")
 
         def is_known_to_the_osds() -> bool:
@@ -267,6 +367,18 @@ class RealWorld:
         finally:
             self.mon("osd pool set-quota", pool=pool, field="max_objects", val="0")
             eventually(takes_writes, "the pool is no longer full", pause=0.1)
+
+    def clone_without_deep_flatten(self, snap: SnapSpec, dest: ImageSpec) -> None:
+        source = snap.image
+        with self._ioctx(source.pool) as src, self._ioctx(dest.pool) as dst:
+            self._rbd.RBD().clone(
+                src, source.name, snap.name, dst, dest.name, features=self._rbd.RBD_FEATURE_LAYERING, clone_format=2
+            )
+
+    def write_omap(self, pool: str, name: str, key: bytes, value: bytes) -> None:
+        with self._ioctx(pool) as ioctx, self._rados_module.WriteOpCtx() as operation:
+            ioctx.set_omap(operation, (key,), (value,))
+            ioctx.operate_write_op(operation, name)
 
     def half_clone(self, half: str, snap: SnapSpec, dest: ImageSpec) -> None:
         rbd = self._rbd

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable
@@ -80,6 +81,9 @@ def test_pools(world: World, cluster: Cluster, name: str) -> None:
         lambda: cluster.exists(nowhere),
         lambda: cluster.lookup(nowhere),
         lambda: cluster.usual_data_pool(name),
+        lambda: cluster.images(name),
+        lambda: cluster.children(nowhere, 1),
+        lambda: cluster.trash(nowhere),
         lambda: cluster.remove(nowhere),
         lambda: cluster.omap_items(name, "x"),
         lambda: cluster.omap_replace(name, "x", "key", None, "new"),
@@ -88,7 +92,205 @@ def test_pools(world: World, cluster: Cluster, name: str) -> None:
             call()
 
 
+# -- fencing --
+
+
+@pytest.fixture
+def victim(world: World) -> Cluster:
+    """A connection that was used before it is cut off."""
+    made = world.connect()
+    assert not made.exists(ImageSpec(world.vms, "none"))
+    return made
+
+
+def test_fenced_client(world: World, cluster: Cluster, victim: Cluster, snap: SnapSpec, dest: ImageSpec) -> None:
+    """Whatever the fencing client touches is closed to the fenced one at once, and stays so; others go on."""
+    other = world.connect()
+    cluster.fence(victim.address())
+    for act in CHANGES.values():
+        touch(cluster, snap, dest)
+        with pytest.raises(errors.Blocklisted):
+            act(victim, snap, dest)
+    assert world.content(snap.image) == WRITTEN
+    other.remove_snap(snap)
+    assert cluster.snaps(snap.image) == []
+
+
+def touch(cluster: Cluster, snap: SnapSpec, dest: ImageSpec) -> None:
+    """Read what the acts below begin with, as whoever undoes another's work does."""
+    cluster.snaps(snap.image)
+    cluster.exists(dest)
+    for pool in (snap.image.pool, dest.pool):
+        cluster.images(pool)
+        cluster.usual_data_pool(pool)
+        cluster.omap_items(pool, "x")
+
+
+def test_fencing_tells_clients_of_one_machine_apart(world: World, cluster: Cluster, disk: ImageSpec) -> None:
+    """A guest on the machine of the fenced client writes before, at and after it, to the same pool."""
+    victim = world.connect()
+    with world.guest(disk) as guest, ThreadPoolExecutor(1) as beside:
+        assert host(guest.address) == host(victim.address())
+        assert guest.address != victim.address()
+        guest.write(0, b"before")
+        fencing = beside.submit(cluster.fence, victim.address())
+        for number in range(100):
+            guest.write(1, b"%d" % number)
+        fencing.result()
+        cluster.snaps(disk)
+        with pytest.raises(errors.Blocklisted):
+            victim.create_snap(disk.snap("s"))
+        guest.write(3, b"after")
+    assert world.content(disk) == {0: b"before", 1: b"99", 2: b"two", 3: b"after"}
+    assert victim.address() in world.blocklist()
+    assert guest.address not in world.blocklist()
+
+
+def host(address: str) -> str:
+    return address.rsplit(":", 1)[0]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "203.0.113.5",
+        "203.0.113.5:0",
+        "203.0.113.5:0/0",
+        "203.0.113.5:0/00",
+        "203.0.113.5:0/4294967296",
+        "203.0.113.5:0/42949672960000000000",
+        "203.0.113.5:0/-1",
+        "203.0.113.5:0/0x1",
+        "203.0.113.5/32",
+        "203.0.113.5/32:0/0",
+        "203.0.113.5:6800/5",
+        "203.0.113.5:0/5/24",
+        "203.0.113.5:0/5 60",
+        "203.0.113.5:0/5,203.0.113.5:0/0",
+        "[v2:203.0.113.5:0/0,v1:203.0.113.5:0/5]",
+        "v2:203.0.113.5:0/0",
+        "256.1.1.1:0/5",
+        "1.2.3:0/5",
+        "localhost:0/5",
+        "-",
+        ":/0",
+        "",
+    ],
+)
+def test_nobody_is_fenced(world: World, cluster: Cluster, address: str) -> None:
+    """An address that is not exactly one client's is refused, whatever Ceph would make of it.
+
+    None of the lab's: were it taken, it would cut off all clients of that machine.
+    """
+    before = world.blocklist()
+    with pytest.raises(errors.Refused):
+        cluster.fence(address)
+    assert world.blocklist() == before
+
+
+def test_addresses_as_librados_gives_them(world: World, cluster: Cluster, disk: ImageSpec) -> None:
+    """With the messenger's version, and as a list, they name the same client."""
+    for pattern in ("v2:{}", "v1:{}", "any:{}", "[v2:{},v1:{}]", " {}\n"):
+        victim = world.connect()
+        cluster.fence(pattern.format(*[victim.address()] * 2))
+        assert victim.address() in world.blocklist()
+        cluster.snaps(disk)
+        with pytest.raises(errors.Blocklisted):
+            victim.snaps(disk)
+
+
+def test_fencing_again(world: World, cluster: Cluster, victim: Cluster, disk: ImageSpec) -> None:
+    """Who is cut off already, or was never there, can be fenced all the same."""
+    for address in (victim.address(), victim.address(), "192.0.2.77:0/5", "[2001:db8::77]:0/5"):
+        cluster.fence(address)
+    cluster.snaps(disk)
+    with pytest.raises(errors.Blocklisted):
+        victim.snaps(disk)
+
+
+def test_fencing_needs_a_right_of_its_own(world: World, victim: Cluster, disk: ImageSpec) -> None:
+    """Who lacks it is told which; nobody is cut off."""
+    reader, before = world.connect_without_fencing(), world.blocklist()
+    assert reader.snaps(disk) == []
+    with pytest.raises(errors.NoPermission) as caught:
+        reader.fence(victim.address())
+    assert "mon 'profile rbd'" in caught.value.report()
+    assert world.blocklist() == before
+    assert victim.snaps(disk) == []
+
+
+def test_cut_off_client_still_hears_the_monitors(world: World, victim: Cluster) -> None:
+    """It is the OSDs that do not serve it; so it can still fence others, and must not be trusted to stop by itself."""
+    cut_off = world.connect_cut_off()
+    assert cut_off.fsid() == victim.fsid()
+    assert cut_off.has_pool(world.vms)
+    cut_off.fence(victim.address())
+    assert {cut_off.address(), victim.address()} <= world.blocklist()
+
+
 # -- rbd images --
+
+
+def test_images(world: World, cluster: Cluster, name: str, dest: ImageSpec, snap: SnapSpec) -> None:
+    """All names of the pool, half-made rbd images' included, and none of another pool or of the trash."""
+    before = set(cluster.images(dest.pool))
+    disk, half, whole, trashed = (ImageSpec(dest.pool, f"{name}-{kind}") for kind in ("disk", "half", "whole", "gone"))
+    for image in (disk, whole, trashed):
+        world.create(image)
+    world.half_clone(NAME_ONLY, snap, half)
+    cluster.trash(trashed)
+    assert set(cluster.images(dest.pool)) - before == {disk.name, half.name, whole.name}
+    assert snap.image.name not in cluster.images(dest.pool)
+
+
+def test_times(world: World, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, name: str, dest: ImageSpec) -> None:
+    """When a thing was made, in seconds since the epoch whatever the time zone; a trashed snapshot keeps its time."""
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        disk = ImageSpec(world.vms, name)
+        began = time.time()
+        world.create(disk)
+        cluster.create_snap(disk.snap("s"))
+        cluster.clone(disk.snap("s"), dest, None)
+        made = [cluster.lookup(disk).created, cluster.snaps(disk)[0].created, cluster.lookup(dest).created]
+        cluster.remove_snap(disk.snap("s"))
+        (trashed,) = cluster.snaps(disk)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert all(-5 < moment - began < 60 for moment in made), (began, made)
+    assert (trashed.trashed, trashed.created) == (True, made[1])
+
+
+def test_trash(world: World, cluster: Cluster, disk: ImageSpec, dest: ImageSpec) -> None:
+    """Open, protected or with clones, an rbd image leaves its name at once, and what depends on it stays whole."""
+    snap = disk.snap("s")
+    cluster.create_snap(snap)
+    cluster.protect_snap(snap)
+    cluster.clone(snap, dest, None)
+    with world.open(disk):
+        cluster.trash(disk)
+        assert not cluster.exists(disk)
+    assert disk.name not in cluster.images(disk.pool)
+    assert world.content(dest) == WRITTEN
+    with pytest.raises(errors.Missing):
+        cluster.trash(disk)
+    world.create(disk, object_count=1)
+    assert cluster.snaps(disk) == []
+    cluster.flatten(dest, go_on)
+    assert world.content(dest) == WRITTEN
+
+
+@pytest.mark.parametrize("half", HALF_MADE)
+def test_trash_of_a_half_made_clone(
+    world: World, cluster: Cluster, dest: ImageSpec, snap: SnapSpec, half: str
+) -> None:
+    """It goes, too."""
+    world.half_clone(half, snap, dest)
+    cluster.trash(dest)
+    assert not cluster.exists(dest)
+    assert dest.name not in cluster.images(dest.pool)
 
 
 def test_lookup(world: World, cluster: Cluster, disk: ImageSpec, name: str) -> None:
@@ -131,6 +333,8 @@ def test_absent_image(cluster: Cluster, dest: ImageSpec) -> None:
         lambda: cluster.remove_snap_by_id(dest, 1),
         lambda: cluster.clone(dest.snap("s"), ImageSpec(dest.pool, f"{dest.name}-2"), None),
         lambda: cluster.flatten(dest, go_on),
+        lambda: cluster.children(dest, 1),
+        lambda: cluster.trash(dest),
         lambda: cluster.remove(dest),
     ):
         with pytest.raises(errors.Missing):
@@ -188,6 +392,62 @@ def test_snapshots_come_oldest_first(cluster: Cluster, disk: ImageSpec) -> None:
 
 
 # -- clones --
+
+
+@formats
+def test_children(world: World, disk: ImageSpec, dest: ImageSpec, snap: SnapSpec, clone_format: int) -> None:
+    """Those of this very snapshot, in every pool, trashed ones included, until they are flat or gone."""
+    cluster = world.connect(clone_format)
+    other = disk.snap("other")
+    cluster.create_snap(other)
+    ids = {found.name: found.id for found in cluster.snaps(disk)}
+    near, trashed = ImageSpec(disk.pool, f"{disk.name}-near"), ImageSpec(dest.pool, f"{dest.name}-trashed")
+
+    def children(name: str = snap.name) -> set[ImageSpec]:
+        found = cluster.children(disk, ids[name])
+        assert len(found) == len(set(found))
+        return set(found)
+
+    assert children() == children(other.name) == set()
+    if clone_format == 1:
+        cluster.protect_snap(snap)
+    for made in (dest, near, trashed):
+        cluster.clone(snap, made, None)
+    assert children() == {dest, near, trashed}
+    assert children(other.name) == set()
+    cluster.trash(trashed)
+    assert children() == {dest, near, trashed}
+    cluster.create_snap(dest.snap("snap"))
+    if clone_format == 2:
+        cluster.remove_snap(snap)
+        assert children() == {dest, near, trashed}
+    cluster.flatten(dest, go_on)
+    cluster.remove(near)
+    assert children() == {trashed}
+    with pytest.raises(errors.Missing):
+        cluster.children(disk, 1 << 40)
+
+
+def test_children_that_the_parent_does_not_know(
+    world: World, cluster: Cluster, disk: ImageSpec, dest: ImageSpec, snap: SnapSpec
+) -> None:
+    """A half-made clone is no child."""
+    (info,) = cluster.snaps(disk)
+    world.half_clone(UNLISTED, snap, dest)
+    assert cluster.lookup(dest).parent == snap
+    assert cluster.children(disk, info.id) == []
+
+
+def test_snapshots_of_a_clone_are_its_children(
+    world: World, cluster: Cluster, disk: ImageSpec, dest: ImageSpec, snap: SnapSpec
+) -> None:
+    """A snapshot of a clone without deep-flatten keeps the parent's snapshot, also once the clone itself is flat."""
+    (info,) = cluster.snaps(disk)
+    world.clone_without_deep_flatten(snap, dest)
+    cluster.create_snap(dest.snap("snap"))
+    cluster.flatten(dest, go_on)
+    assert cluster.lookup(dest).parent is None
+    assert cluster.children(disk, info.id) == [dest]
 
 
 @formats
@@ -421,11 +681,29 @@ def test_omap(world: World, cluster: Cluster, name: str) -> None:
 
 
 def test_omap_with_many_keys(world: World, cluster: Cluster, name: str) -> None:
-    """All pairs come, however many pages they fill."""
+    """All pairs come, however many pages they fill, and also where a page ends with what is no text."""
     pairs = {f"{number:05}": "x" for number in range(1100)}
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda key: cluster.omap_replace(world.vms, name, key, None, "x"), pairs))
     assert cluster.omap_items(world.vms, name) == pairs
+    world.write_omap(world.vms, name, b"00998\xff", b"x")
+    assert cluster.omap_items(world.vms, name).keys() == {*pairs, "00998\\xff"}
+
+
+def test_omap_that_is_no_text(world: World, cluster: Cluster, name: str) -> None:
+    """Somebody else's bytes hide nothing else, are shown escaped, and are never replaced."""
+    pool = world.vms
+    cluster.omap_replace(pool, name, "key", None, "one")
+    world.write_omap(pool, name, b"value", b"\xff{")
+    world.write_omap(pool, name, b"k\xff", b"x")
+    found = cluster.omap_items(pool, name)
+    assert found.keys() == {"key", "value", "k\\xff"}
+    assert (found["key"], found["value"]) == ("one", "\\xff{")
+    for old in (None, found["value"]):
+        with pytest.raises(errors.LedgerConflict):
+            cluster.omap_replace(pool, name, "value", old, "new")
+    cluster.omap_replace(pool, name, "key", "one", "two")
+    assert cluster.omap_items(pool, name) == {**found, "key": "two"}
 
 
 @pytest.mark.parametrize("old", [None, "start"])
@@ -452,10 +730,12 @@ def test_omap_race_has_one_winner(world: World, name: str, old: str) -> None:
 
 Act = Callable[[Cluster, SnapSpec, ImageSpec], Any]
 CHANGES: dict[str, Act] = {
+    "images": lambda cluster, snap, dest: cluster.images(snap.image.pool),
     "exists": lambda cluster, snap, dest: cluster.exists(snap.image),
     "lookup": lambda cluster, snap, dest: cluster.lookup(snap.image),
     "usual_data_pool": lambda cluster, snap, dest: cluster.usual_data_pool(dest.pool),
     "snaps": lambda cluster, snap, dest: cluster.snaps(snap.image),
+    "children": lambda cluster, snap, dest: cluster.children(snap.image, 1),
     "create_snap": lambda cluster, snap, dest: cluster.create_snap(snap.image.snap("another")),
     "protect_snap": lambda cluster, snap, dest: cluster.protect_snap(snap),
     "unprotect_snap": lambda cluster, snap, dest: cluster.unprotect_snap(snap),
@@ -464,6 +744,7 @@ CHANGES: dict[str, Act] = {
     "clone": lambda cluster, snap, dest: cluster.clone(snap, dest, None),
     "flatten": lambda cluster, snap, dest: cluster.flatten(snap.image, go_on),
     "remove": lambda cluster, snap, dest: cluster.remove(snap.image),
+    "trash": lambda cluster, snap, dest: cluster.trash(snap.image),
     "omap_items": lambda cluster, snap, dest: cluster.omap_items(snap.image.pool, "x"),
     "omap_replace": lambda cluster, snap, dest: cluster.omap_replace(snap.image.pool, "x", "key", None, "new"),
 }
@@ -486,8 +767,8 @@ def test_cut_off(world: World, snap: SnapSpec, dest: ImageSpec, act: Act) -> Non
 
 def test_full_pool(world: World, cluster: Cluster, snap: SnapSpec) -> None:
     """Nothing hangs: what needs room says NoSpace and leaves nothing; snapshots come and go, and so do pairs of an
-    object that exists; removing the first rbd image ever fails, but not with Missing, for it is there, and any later
-    one goes; with room again all works."""
+    object that exists; removing or trashing the first rbd image ever fails, but not with Missing, for it is there, and
+    any later one goes; with room again all works."""
     pool = world.new_pool()
     first, second, third = (ImageSpec(pool, name) for name in ("first", "second", "third"))
     cluster.clone(snap, first, None)
@@ -506,15 +787,17 @@ def test_full_pool(world: World, cluster: Cluster, snap: SnapSpec) -> None:
         cluster.protect_snap(first.snap("s"))
         cluster.unprotect_snap(first.snap("s"))
         cluster.remove_snap(first.snap("s"))
-        with pytest.raises(errors.CephError) as caught:
-            cluster.remove(first)
-        assert not isinstance(caught.value, errors.Missing)
+        for change in (cluster.remove, cluster.trash):
+            with pytest.raises(errors.CephError) as caught:
+                change(first)
+            assert not isinstance(caught.value, errors.Missing)
         assert cluster.lookup(first).parent == snap
     assert not cluster.exists(third)
     cluster.flatten(first, go_on)
     assert world.content(first) == WRITTEN
     cluster.remove(first)
+    cluster.clone(snap, third, None)
     with world.fill(pool):
         cluster.remove(second)
-    assert not cluster.exists(first)
-    assert not cluster.exists(second)
+        cluster.trash(third)
+    assert cluster.images(pool) == []

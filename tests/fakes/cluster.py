@@ -17,11 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, NoReturn, Optional, Union
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo
-from nova_rbd_snap.specs import ImageSpec, SnapSpec, client_address
+from nova_rbd_snap.ceph.interface import CAPS_TO_FENCE, ImageInfo, OnProgress, SnapInfo, one_client
+from nova_rbd_snap.specs import ImageSpec, SnapSpec
 
 #: Size of one object of an rbd image; content is kept per object.
 OBJECT_BYTES = 4 << 20
+
+#: What is between a client and the monitors: it goes on when the OSDs no longer serve the client.
+_OF_THE_MONITORS = ("fsid", "address", "fence", "has_pool")
 
 #: What a clone that did not return may leave behind (``docs/design/ceph.rst``): only a name; an openable, blank rbd
 #: image; a child the parent does not know.
@@ -74,7 +77,8 @@ class _Image:
 @dataclass
 class _Pool:
     images: dict[str, _Image] = field(default_factory=dict)
-    omap: dict[str, dict[str, str]] = field(default_factory=dict)
+    # Bytes where somebody else wrote what is no text.
+    omap: dict[str, dict[Any, Any]] = field(default_factory=dict)
     full: bool = False
     # librbd removes by way of the trash, whose object is made by the first removal and stays.
     has_trash: bool = False
@@ -97,10 +101,15 @@ class _State:
     rules: list[_Rule] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     connections: list[FakeCluster] = field(default_factory=list)
+    fenced: set[str] = field(default_factory=set)
 
 
 def _content(node: Union[_Image, _Snap]) -> Content:
     return {**(_content(node.parent) if node.parent else {}), **node.objects}
+
+
+def _text(data: Union[str, bytes]) -> str:
+    return data if isinstance(data, str) else data.decode(errors="backslashreplace")
 
 
 def _call(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,7 +128,7 @@ def _call(method: Callable[..., Any]) -> Callable[..., Any]:
         for rule in due:
             if not rule.applied:
                 rule.action(*args)
-        if self.blocklisted:
+        if self.blocklisted and name not in _OF_THE_MONITORS:
             raise errors.Blocklisted(f"{name}: this client was cut off")
         # A flatten lets others in between two objects.
         with state.lock if name != "flatten" else nullcontext():
@@ -137,6 +146,8 @@ class FakeCluster:
 
     def __init__(self, *pools: str, clone_format: int = 2, state: Optional[_State] = None) -> None:
         self._state = state or _State({pool: _Pool() for pool in pools})
+        #: What was blocklisted through this or any other connection.
+        self.fenced = self._state.fenced
         self._nonce = next(self._state.numbers)
         self.clone_format = clone_format
         self.blocklisted = False
@@ -215,6 +226,14 @@ class FakeCluster:
         source = self._snap(snap)
         self.create_disk(dest, source.image.object_count, half=half, parent=source if half == UNLISTED else None)
 
+    def write_omap(self, pool: str, name: str, key: bytes, value: bytes) -> None:
+        """What somebody else may write, which is no text."""
+        try:
+            text: Any = key.decode()
+        except UnicodeDecodeError:
+            text = key
+        self._pool(pool).omap.setdefault(name, {})[text] = value
+
     def picture(self) -> dict[str, Any]:
         """All that is in the pools, comparable."""
         return {
@@ -285,14 +304,12 @@ class FakeCluster:
 
     @_call
     def fence(self, address: str) -> None:
-        try:
-            client_address(address)
-        except ValueError as error:
-            raise errors.Refused(str(error)) from error
+        client = one_client(address)
         if not self.may_fence:
-            raise errors.NoPermission("no right to blocklist")
+            raise errors.NoPermission(f"blocklist client {client}: denied; {CAPS_TO_FENCE}")
+        self.fenced.add(client)
         for connection in self._state.connections:
-            if f"192.0.2.1:0/{connection._nonce}" == address:
+            if f"192.0.2.1:0/{connection._nonce}" == client:
                 connection.blocklisted = True
 
     @_call
@@ -440,30 +457,32 @@ class FakeCluster:
         if found.busy:
             found.busy -= 1
             raise errors.Busy(f"{image} is open somewhere")
+        self._make_trash(image)
+        del pool.images[image.name]
+        self._detached(found.parents())
+
+    def _make_trash(self, image: ImageSpec) -> None:
+        pool = self._pool(image.pool)
         if pool.full and not pool.has_trash:
             raise errors.CephError(f"{image}: not found, says librbd, of an rbd image in a full pool")
         pool.has_trash = True
-        del pool.images[image.name]
-        self._detached(found.parents())
 
     @_call
     def trash(self, image: ImageSpec) -> None:
         pool = self._pool(image.pool)
         if image.name not in pool.images:
             raise errors.Missing(f"no rbd image {image}")
-        if pool.full and not pool.has_trash:
-            raise errors.NoSpace(f"pool {image.pool} is full")
-        pool.has_trash = True
+        self._make_trash(image)
         pool.trash.append(pool.images.pop(image.name))
 
     @_call
     def omap_items(self, pool: str, name: str) -> dict[str, str]:
-        return dict(self._pool(pool).omap.get(name, {}))
+        return {_text(key): _text(value) for key, value in self._pool(pool).omap.get(name, {}).items()}
 
     @_call
     def omap_replace(self, pool: str, name: str, key: str, old: Optional[str], new: Optional[str]) -> None:
         objects = self._pool(pool).omap
-        if objects.get(name, {}).get(key, "") != (old or ""):
+        if objects.get(name, {}).get(key, "") not in (old or "", (old or "").encode()):
             raise errors.LedgerConflict(f"{pool}/{name}: {key} is not what it was")
         # A full pool takes no new object, but pairs of an old one.
         self._pool(pool, grows=name not in objects)

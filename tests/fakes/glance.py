@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Protocol
 
 from keystoneauth1 import exceptions as ksa
 
@@ -39,6 +39,21 @@ class Fault:
     applied: bool = False
 
 
+class Store(Protocol):
+    """Where the images' data are."""
+
+    def holds(self, url: str) -> bool: ...
+    def write(self, image_id: str, data: Any) -> str: ...
+    def remove(self, url: str) -> None: ...
+
+
+def kind_of(path: str, method: str, body: Any) -> str:
+    """What a request is about, in one word."""
+    if method == "PATCH":
+        return "patch" if body[0]["path"] == "/locations/-" else "properties"
+    return next((kind for kind in ("stores", "schemas") if f"/{kind}/" in path), method.lower())
+
+
 @dataclass
 class FakeImageService:
     """The service and its records.
@@ -46,6 +61,7 @@ class FakeImageService:
     :ivar records: image id to the record as Glance's JSON.
     :ivar polls_until_active: how often a record is read before the task of a POST is through; -1: never;
         ``task_fails``: it gives up then.
+    :ivar store: where it looks for the data at a location; without one all are believed.
     """
 
     offers_post: bool = True
@@ -57,6 +73,7 @@ class FakeImageService:
     faults: list[Fault] = field(default_factory=list)
     on_request: Callable[[str], None] = lambda kind: None
     endpoint_override: str = ""
+    store: Optional[Store] = None
 
     def add(self, image_id: str, **changes: Any) -> dict[str, Any]:
         """A record as Nova's API makes it for a snapshot."""
@@ -65,21 +82,13 @@ class FakeImageService:
 
     def request(self, path: str, method: str, raise_exc: bool = True, **body: Any) -> Answer:
         assert raise_exc is False
-        kind = self._kind(path, method, body.get("json"))
+        kind = kind_of(path, method, body.get("json"))
         self.on_request(kind)
         fault = next((fault for fault in self.faults if fault.kind == kind), None)
         if fault is not None and not fault.applied:
             return self._fail(fault)
-        answer = self._do(kind, path.split("/")[3], body.get("json"))
+        answer = self._do(kind, path.split("/")[3], body.get("json") or body.get("data"))
         return self._fail(fault) if fault is not None else answer
-
-    @staticmethod
-    def _kind(path: str, method: str, body: Any) -> str:
-        if method == "POST":
-            return "post"
-        if method == "PATCH":
-            return "patch" if body[0]["path"] == "/locations/-" else "properties"
-        return next((kind for kind in ("stores", "schemas") if kind in path), method.lower())
 
     @staticmethod
     def _fail(fault: Fault) -> Answer:
@@ -102,12 +111,14 @@ class FakeImageService:
             record["polls"] = record.get("polls", 0) + 1
             if record["polls"] > self.polls_until_active >= 0:
                 del record["os_glance_import_task"]
-                if not self.task_fails:
+                if not self.task_fails and self._has(record["asked"]):
                     record.update(status="active", locations=[{"url": record["asked"]}])
         hidden = () if self.shows_locations else ("locations",)
         return Answer(200, {key: value for key, value in record.items() if key not in hidden})
 
     def _properties(self, image_id: str, record: dict[str, Any], body: Any) -> Answer:
+        if record["status"] != "queued" and any(change["path"] == "/disk_format" for change in body):
+            return Answer(403)
         record.update((change["path"][1:], change["value"]) for change in body)
         return Answer(200)
 
@@ -124,10 +135,24 @@ class FakeImageService:
             return Answer(403)
         if record["status"] not in ("queued", "active"):
             return Answer(409)
+        if not self._has(body[0]["value"]["url"]):
+            return Answer(400)
         record["locations"].append({"url": body[0]["value"]["url"]})
         record["status"] = "active"
         return Answer(200)
 
+    def _put(self, image_id: str, record: dict[str, Any], body: Any) -> Answer:
+        if record["status"] != "queued" or "os_glance_import_task" in record or self.store is None:
+            return Answer(409)
+        record.update(status="active", locations=[{"url": self.store.write(image_id, body)}])
+        return Answer(204)
+
     def _delete(self, image_id: str, record: dict[str, Any], body: Any) -> Answer:
+        if self.store is not None:
+            for location in record["locations"]:
+                self.store.remove(location["url"])
         del self.records[image_id]
         return Answer(204)
+
+    def _has(self, url: str) -> bool:
+        return self.store is None or self.store.holds(url)

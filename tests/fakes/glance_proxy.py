@@ -36,12 +36,14 @@ class Fault:
     """What becomes of the requests that *hits* chooses.
 
     :ivar status: answered instead of asking Glance.
+    :ivar body: of a good answer that is given instead of asking Glance.
     :ivar asked: whether Glance gets the request, where it is not answered.
     :ivar held: no answer comes until :meth:`GlanceProxy.behave`; else the connection is cut at once.
     """
 
     hits: Callable[[Request], bool]
     status: Optional[int] = None
+    body: Optional[bytes] = None
     asked: bool = False
     held: bool = False
 
@@ -114,6 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.server.proxy.fault_for(Request(self.command, self.path, body))
         if fault is None:
             self._answer(*self._ask(body))
+        elif fault.body:
+            self._answer(200, [("Content-Type", "application/json")], iter([fault.body]))
         elif fault.status:
             self._answer(fault.status, [("Content-Type", "text/plain")], iter([b"the proxy refuses\n"]))
         else:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import configparser
 import contextlib
 import functools
+import json
 import os
 import random
 import uuid
@@ -42,14 +43,13 @@ class World:
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self.vms, self.images = f"vms-{os.environ['CLOUD']}", f"images-{os.environ['CLOUD']}"
         self.conf = conf.load(["--config-file", NOVA_CONF])
-        self.conf.set_override("operation_timeout", TIMEOUT_SECONDS, group="rbd_snap")
         #: For what the bindings say at length.
         self.cluster = LibrbdCluster(conf=CEPH_CONF, user="admin", timeout_seconds=TIMEOUT_SECONDS, clone_format=2)
         self.rados = rados.Rados(rados_id="admin", conffile=CEPH_CONF)
         self.rados.connect()
         stack.callback(self.rados.shutdown)
         self.ioctx = {pool: self.rados.open_ioctx(pool) for pool in (self.vms, self.images)}
-        self.service = keystone.glance_as_service(self.conf, conf.Settings.read(self.conf))
+        self.service = keystone.glance_as_service(self.conf, self.settings())
         self.tenant = Glance.connect(self.conf, self._tenants_auth(trusted=True), TIMEOUT_SECONDS)
         #: The tenant behind a nova-compute that sends no service token.
         self.untrusted = Glance.connect(self.conf, self._tenants_auth(trusted=False), TIMEOUT_SECONDS)
@@ -75,28 +75,34 @@ class World:
 
     # -- what a test works on ------------------------------------------------------------------------------------
 
+    def settings(self, clone_format: int = 2, timeout_seconds: int = TIMEOUT_SECONDS) -> conf.Settings:
+        """nova-compute's."""
+        self.conf.set_override("clone_format", clone_format, group="rbd_snap")
+        self.conf.set_override("operation_timeout", timeout_seconds, group="rbd_snap")
+        return conf.Settings.read(self.conf)
+
+    @staticmethod
+    def connect(settings: conf.Settings) -> LibrbdCluster:
+        """A connection as an engine's."""
+        return LibrbdCluster(
+            conf=settings.ceph_conf,
+            user=settings.ceph_user,
+            timeout_seconds=settings.operation_timeout,
+            clone_format=settings.clone_format,
+        )
+
     def engine(self, *, host: str = "functional", life: str = "life-1", clone_format: int = 2) -> Engine:
         """A new engine of *host*, as nova-compute's configuration makes it.
 
         :param life: of nova-compute.
         """
-        self.conf.set_override("clone_format", clone_format, group="rbd_snap")
-        settings = conf.Settings.read(self.conf)
+        settings = self.settings(clone_format)
+        return self.engine_with(settings, host=host, life=life, connect=lambda: self.connect(settings))
 
-        def connect() -> LibrbdCluster:
-            return LibrbdCluster(
-                conf=settings.ceph_conf,
-                user=settings.ceph_user,
-                timeout_seconds=settings.operation_timeout,
-                clone_format=settings.clone_format,
-            )
-
-        return Engine(
-            settings,
-            functools.partial(Owner, host, "machine", life),
-            connect=connect,
-            images=registration.Images(lambda: self.service, TIMEOUT_SECONDS),
-        )
+    def engine_with(self, settings: conf.Settings, *, host: str, life: str, **more: Any) -> Engine:
+        """An engine with such *settings*."""
+        images = registration.Images(lambda: self.service, TIMEOUT_SECONDS)
+        return Engine(settings, functools.partial(Owner, host, "machine", life), images=images, **more)
 
     def clone(self, engine: Engine, disk: str, image_id: str) -> str:
         """The clone, ready to be registered; returns its location."""
@@ -108,12 +114,12 @@ class World:
             lambda job_id: engine.perform(job_id, None, unheard),
         )
 
-    def new_disk(self) -> str:
+    def new_disk(self, size_bytes: int = DISK_BYTES) -> str:
         """A server's disk with random data."""
         name = f"{uuid.uuid4()}_disk"
-        rbd.RBD().create(self.ioctx[self.vms], name, DISK_BYTES)
+        rbd.RBD().create(self.ioctx[self.vms], name, size_bytes)
         with rbd.Image(self.ioctx[self.vms], name) as disk:
-            for offset in range(0, DISK_BYTES, 4 * MIB):
+            for offset in range(0, size_bytes, 4 * MIB):
                 disk.write(random.randbytes(64 * 1024), offset)
         return name
 
@@ -151,6 +157,49 @@ class World:
             return True
 
         eventually(deleted, f"image {image_id} can be deleted", pause=0.1)
+
+    def remove_whole(self, pool: str, name: str) -> None:
+        """Remove an rbd image with its snapshots, whatever is left of it."""
+        with contextlib.suppress(rbd.Error):
+            with rbd.Image(self.ioctx[pool], name) as image:
+                for snap in list(image.list_snaps()):
+                    if snap["namespace"] == rbd.RBD_SNAP_NAMESPACE_TYPE_USER and image.is_protected_snap(snap["name"]):
+                        image.unprotect_snap(snap["name"])
+                    image.remove_snap_by_id(snap["id"])
+        with contextlib.suppress(rbd.Error):
+            rbd.RBD().remove(self.ioctx[pool], name)
+
+    def forget_jobs(self, *job_ids: str) -> None:
+        """Remove what a failed test left in the ledger."""
+        for key, text in self.cluster.omap_items(self.vms, OBJECT).items():
+            if key in job_ids:
+                self.cluster.omap_replace(self.vms, OBJECT, key, text, None)
+
+    # -- what administrators do ----------------------------------------------------------------------------------
+
+    def tell_monitor(self, prefix: str, **arguments: Any) -> Any:
+        """A command's answer."""
+        command = json.dumps({"prefix": prefix, "format": "json", **arguments})
+        code, answer, text = self.rados.mon_command(command, b"")
+        assert code == 0, f"{command}: {code} {text}"
+        return json.loads(answer) if answer else None
+
+    def caps(self, user: str) -> dict[str, str]:
+        (found,) = self.tell_monitor("auth get", entity=user)
+        return dict(found["caps"])
+
+    def set_caps(self, user: str, caps: dict[str, str]) -> None:
+        self.tell_monitor("auth caps", entity=user, caps=[text for pair in caps.items() for text in pair])
+
+    def set_quota(self, pool: str, objects: int) -> None:
+        """Let *pool* be full with so many objects, 0 for no limit; returns once it is, or is no more."""
+        self.tell_monitor("osd pool set-quota", pool=pool, field="max_objects", val=str(objects))
+
+        def is_full() -> bool:
+            pools = self.tell_monitor("osd dump")["pools"]
+            return any(found["pool_name"] == pool and "full" in found["flags_names"].split(",") for found in pools)
+
+        eventually(lambda: is_full() == bool(objects), f"pool {pool} notices its quota")
 
     # -- what became of it ---------------------------------------------------------------------------------------
 

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: where its configuration comes from, and how it fails.
+
+Exit codes: 0 all is as it was asked for; 1 something that was to go stays; 2 it could not be looked at, or the command
+makes no sense.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+from collections.abc import Iterable, Sequence
+from typing import Any, Union
+
+from cliff import app, commandmanager, lister
+
+from nova_rbd_snap import conf, errors
+
+Cell = Union[str, float]
+
+
+class App(app.App):
+    """``nova-rbd-snap``."""
+
+    NAME = "nova-rbd-snap"
+    CONSOLE_MESSAGE_FORMAT = f"{NAME}: %(message)s"
+
+    def __init__(self) -> None:
+        from nova_rbd_snap.cli import commands
+
+        # By name, not by entry point: they are there wherever the module is.
+        manager = commandmanager.CommandManager("")
+        for name, command in commands.COMMANDS.items():
+            manager.add_command(name, command)
+        about = "What nova-rbd-snap and stock Nova have left, listed and cleared away."
+        super().__init__(about, _version(), manager, deferred_help=True)
+
+    def build_option_parser(self, *args: Any, **kwargs: Any) -> argparse.ArgumentParser:
+        parser = super().build_option_parser(*args, **kwargs)
+        for option, what in (("--config-file", "file"), ("--config-dir", "directory of files")):
+            parser.add_argument(
+                option,
+                action="append",
+                default=[],
+                metavar=option[-4:].strip("-").upper(),
+                help=f"Configuration {what} of nova-compute; can be repeated. Default: those it reads by itself.",
+            )
+        return parser
+
+    def interact(self) -> None:
+        """There is no prompt to type commands at."""
+        self.parser.error("which command? See 'nova-rbd-snap --help'")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("nova-rbd-snap")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+class Command(lister.Lister):
+    """Something to do, answered by a table, or by what ``-f`` asks for.
+
+    :cvar columns: of the table.
+    """
+
+    columns: Sequence[str] = ()
+    app_args: argparse.Namespace
+
+    def run(self, parsed_args: argparse.Namespace) -> int:
+        self._stays = False
+        try:
+            self._check_columns(parsed_args)
+            super().run(parsed_args)
+        except (BrokenPipeError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            if self.app_args.debug:
+                raise
+            self.app.LOG.error("%s", _printable(_sentence(error)))
+            return 2
+        return 1 if self._stays else 0
+
+    def _check_columns(self, parsed_args: argparse.Namespace) -> None:
+        """cliff would complain when all is done, instead of telling what was done."""
+        known = {column.lower().replace(" ", "_") for column in self.columns}
+        for column in parsed_args.columns:
+            if column.lower().strip().replace(" ", "_") not in known:
+                raise conf.BadOption(f"there is no column {column!r}, but {', '.join(self.columns)}")
+
+    def take_action(self, parsed_args: argparse.Namespace) -> tuple[Sequence[str], list[tuple[Cell, ...]]]:
+        told = []
+        try:
+            for row in self.rows(parsed_args):
+                told.append(tuple(map(_printable, row)))
+        except KeyboardInterrupt:  # what was done is told all the same
+            self.app.LOG.error("interrupted: nothing more is done")
+            self.stays()
+        return self.columns, told
+
+    def rows(self, parsed_args: argparse.Namespace) -> Iterable[tuple[Cell, ...]]:
+        """Do it, and tell, in :attr:`columns`."""
+        raise NotImplementedError
+
+    def stays(self) -> None:
+        """Note that something that was to go stays."""
+        self._stays = True
+
+    def configuration(self) -> tuple[Any, conf.Settings]:
+        """nova.conf, whole and as settings. :raises conf.BadOption: it cannot be used."""
+        options = self.app_args
+        arguments = [word for file in options.config_file for word in ("--config-file", file)]
+        arguments += [word for folder in options.config_dir for word in ("--config-dir", folder)]
+        nova_conf = conf.load(arguments)
+        if not (nova_conf.config_file or nova_conf.config_dir):
+            raise conf.BadOption("no configuration of nova-compute was found; name it with --config-file")
+        return nova_conf, conf.Settings.read(nova_conf)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, errors.SnapError):
+        return error.report()
+    return str(error) if isinstance(error, conf.BadOption) else f"{type(error).__name__}: {error}"
+
+
+def _printable(cell: Cell) -> Cell:
+    """Names in a pool or on a disk may hold anything, a terminal's control sequences included."""
+    if not isinstance(cell, str):
+        return cell
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in cell)

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command line can do."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import math
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from nova_rbd_snap import errors
+from nova_rbd_snap.cli.app import Cell, Command
+from nova_rbd_snap.cli.machine import LocalMachine
+from nova_rbd_snap.engine import wiring
+from nova_rbd_snap.janitor import leftovers
+from nova_rbd_snap.janitor.findings import KEEP, REMOVE, TRASH, Scene
+from nova_rbd_snap.ledger.job import Owner
+from nova_rbd_snap.ledger.store import Ledger
+
+_DONE = {KEEP: "kept", REMOVE: "removed", TRASH: "trashed"}
+
+#: No nova-compute's machine id: what an operator takes over is no host's to end any more.
+_NO_MACHINE = "operator"
+
+
+def _hours(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        hours = float(text)
+        if math.isfinite(hours) and hours >= 0:
+            return hours
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of hours")
+
+
+class Sweep(Command):
+    """Remove what nobody looks after any more: what a dead nova-compute, or a failed snapshot of stock Nova's, left.
+
+    Prints every finding with what becomes of it. What is in use, or in doubt, is kept, and so are the ledger's jobs.
+    """
+
+    columns = ("Kind", "What", "Action", "Why")
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument("--dry-run", action="store_true", help="print the plan and change nothing")
+        parser.add_argument(
+            "--older-than",
+            type=_hours,
+            default=24.0,
+            metavar="HOURS",
+            help="what is younger is kept, for somebody may be at work on it; default 24, fractions allowed",
+        )
+        parser.add_argument(
+            "--glance-pool",
+            action="append",
+            default=[],
+            metavar="POOL",
+            help="a pool of Glance's besides [rbd_snap] glance_pool; can be repeated",
+        )
+        return parser
+
+    def rows(self, parsed_args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
+        scene = self._scene(parsed_args)
+        plan = leftovers.plan(scene)
+        if parsed_args.dry_run:
+            yield from ((found.kind, found.what, found.action, found.why) for found in plan.findings)
+            return
+        for outcome in leftovers.execute(plan, scene):
+            found = outcome.finding
+            if not outcome.done:
+                self.stays()
+            yield found.kind, found.what, _DONE[found.action] if outcome.done else "kept", outcome.why
+
+    def _scene(self, parsed_args: argparse.Namespace) -> Scene:
+        nova_conf, settings = self.configuration()
+        wiring.need_bindings()
+        pools = [settings.glance_pool, *parsed_args.glance_pool]
+
+        @functools.cache
+        def glance() -> Any:
+            try:
+                return wiring.glance(nova_conf, settings)
+            except errors.GlanceError:
+                raise
+            except Exception as error:  # an option of keystone's that cannot be read, a plugin that is not there …
+                raise errors.GlanceSilent(f"cannot ask Glance: {type(error).__name__}: {error}") from error
+
+        return Scene(
+            cluster=wiring.connect(settings),
+            pool=settings.pool,
+            glance_pools=list(dict.fromkeys(pool for pool in pools if pool)),
+            glance=glance,
+            machine=LocalMachine(settings.snapshots_directory),
+            now=time.time(),
+            older_than_seconds=parsed_args.older_than * 3600,
+        )
+
+
+class JobList(Command):
+    """List what the ledger holds: snapshots under way, and what is left of those that came to no end."""
+
+    columns = ("ID", "Kind", "Step", "Disk", "Host", "Client", "Hours", "Left")
+
+    def rows(self, parsed_args: argparse.Namespace) -> Iterator[tuple[Cell, ...]]:
+        _, settings = self.configuration()
+        wiring.need_bindings()
+        contents = Ledger(wiring.connect(settings), settings.pool).read()
+        for job in contents.jobs:
+            hours = round((time.time() - job.created) / 3600, 1)
+            owner = job.owner
+            yield job.id, job.kind, job.step, str(job.disk), owner.host, owner.client, hours, "; ".join(job.failures)
+        for key, why in contents.strange.items():
+            yield key, "strange record", "", "", "", "", "", f"never touched: {why}"
+
+
+class JobReclaim(Command):
+    """End jobs whose nova-compute will not come back: finish or undo them, as Glance's record says.
+
+    Exactly the client that worked on a job is cut off from the cluster first, so name none that is still at work. A job
+    that stays is yours from then on: name it again once its reason is gone.
+    """
+
+    columns = ("ID", "Action", "Why")
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument("ids", nargs="+", metavar="ID", help="as 'job list' prints it")
+        return parser
+
+    def rows(self, parsed_args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
+        nova_conf, settings = self.configuration()
+        wiring.need_bindings()
+        owner = functools.partial(Owner, f"operator:{socket.gethostname()}", _NO_MACHINE, str(uuid.uuid4()))
+        engine = wiring.engine(nova_conf, settings, owner)
+        for job_id in dict.fromkeys(parsed_args.ids):
+            try:
+                engine.end(job_id)
+            except Exception as error:  # the next one may fare better
+                self.stays()
+                yield job_id, "none" if isinstance(error, errors.NoRecord) else "kept", errors.known(error).report()
+            else:
+                yield job_id, "ended", ""
+
+
+COMMANDS = {"sweep": Sweep, "job list": JobList, "job reclaim": JobReclaim}

@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fault matrix: the steps of the clone way, what can go wrong in each, and what is promised then.
+
+``test_fake.py`` runs all of it on fakes, ``tests/functional/test_faults.py`` on real servers what those can be made to
+do. ``test_matrix.py`` fails where the way makes a call, or an error has a class, that is not named here.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from nova_rbd_snap import errors
+
+
+class Outcome(enum.Enum):
+    """How a request ends. In each case both pools, the ledger, the guest and the local disk are else as before."""
+
+    FORWARD = "the image is active, and its data is the clone"
+    BACK = "the clone is undone, and the image is active with a full copy"
+    ENDS = "the clone is undone, the request fails without a copy, and its image record is gone"
+    KEPT = "the clone and its job are kept and the request fails; what Glance comes to say settles it"
+    UNHEARD = "nothing had been done when all died; only the image record is left, as it is with Nova alone"
+
+
+# -- where ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """The *nth* call of its name within a step.
+
+    :ivar first: it is the first call of the step.
+    """
+
+    step: str
+    call: str
+    nth: int = 1
+    first: bool = field(default=False, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.step}.{self.call}" + (f".{self.nth}" if self.nth > 1 else "")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step, with the calls that only ask and those that change something."""
+
+    name: str
+    asks: frozenset[str]
+    changes: frozenset[str]
+
+    @property
+    def calls(self) -> frozenset[str]:
+        return self.asks | self.changes
+
+
+def _steps(*rows: tuple[str, str, str]) -> dict[str, Step]:
+    return {name: Step(name, frozenset(asks.split()), frozenset(changes.split())) for name, asks, changes in rows}
+
+
+#: What the engine asks of the cluster. That a step is done is told the ledger in the step itself; ``release`` is beside
+#: ``seal``.
+ENGINE = _steps(
+    ("connect", "connect fsid lookup", ""),
+    ("reserve", "fsid address has_pool lookup exists usual_data_pool", "omap_replace"),
+    ("snap", "", "create_snap omap_replace"),
+    ("protect", "", "protect_snap omap_replace"),
+    ("clone", "exists", "clone omap_replace"),
+    ("flatten", "lookup", "flatten omap_replace"),
+    ("release", "exists snaps", "unprotect_snap remove_snap_by_id"),
+    ("seal", "", "create_snap protect_snap omap_replace"),
+    ("forget", "omap_items address", "omap_replace"),
+)
+#: What nova-compute asks of the guest, before and after the snap.
+GUEST = _steps(("quiesce", "answer can", "freeze thaw"))
+#: What nova-compute asks of Glance, once the clone is sealed and before the job is forgotten.
+GLANCE = _steps(("metadata", "", "properties"), ("register", "", "post patch"), ("wait", "get schemas", ""))
+STEPS = {**ENGINE, **GUEST, **GLANCE}
+
+#: There is an rbd image of the image's name, in the way of a full copy until it is undone.
+AFTER_CLONE = ("flatten", "release", "seal", *GLANCE)
+#: The pivot: the image is active, and stays so.
+AFTER_PIVOT = ("forget",)
+
+
+# -- what -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Something that goes wrong at one place of a request.
+
+    :ivar kind: which method of a world does it, given *what*.
+    :ivar error: what the clone way fails with; None if it does not.
+    :ivar steps: where it is tried.
+    :ivar calls: where within them; None for the first call of each.
+    :ivar lasts: what it hinders is undone by :meth:`Engine.reclaim` once it is over.
+    :ivar bars_undo: among that is the removal of the clone.
+    :ivar bars_copy: a full copy meets it as well.
+    :ivar suspends: nor can the disk be frozen for a full copy, so that Nova suspends the guest meanwhile.
+    :ivar dead: nova-compute is, too: the next one sees to it all.
+    :ivar formats: of clones.
+    :ivar only_real: on fakes it means nothing.
+    """
+
+    kind: str
+    what: Any = None
+    error: Optional[type[errors.SnapError]] = None
+    steps: Iterable[str] = tuple(ENGINE)
+    calls: Optional[frozenset[str]] = None
+    lasts: bool = False
+    bars_undo: bool = False
+    bars_copy: bool = False
+    suspends: bool = False
+    dead: bool = False
+    formats: tuple[int, ...] = (1, 2)
+    only_real: bool = False
+
+    def __str__(self) -> str:
+        what = getattr(self.what, "__name__", self.what)
+        return self.kind if what is None else f"{self.kind} {what}"
+
+    def meets(self, place: Place) -> bool:
+        if place.step not in self.steps:
+            return False
+        return place.first if self.calls is None else place.call in self.calls
+
+
+def _all(steps: dict[str, Step]) -> frozenset[str]:
+    return frozenset().union(*(step.calls for step in steps.values()))
+
+
+_CHANGES = frozenset().union(*(step.changes for step in ENGINE.values()))
+_BEFORE_PIVOT = tuple(name for name in ENGINE if name not in AFTER_PIVOT)
+
+#: Every class of error that librados or librbd may answer with, but ``AlreadyThere``.
+ANSWERS = (
+    errors.CephError, errors.Missing, errors.Busy, errors.HasSnapshots, errors.NoPermission, errors.NoSpace,
+    errors.NotSupported, errors.Unreachable, errors.Blocklisted,
+)  # fmt: skip
+#: What Glance may refuse with, and what that comes to while the record waits for data.
+STATUSES = {
+    400: errors.NotRegistered, 401: errors.NotAuthorized, 403: errors.NotRegistered, 404: errors.NotRegistered,
+    409: errors.NotRegistered, 413: errors.NotRegistered, 500: errors.NotRegistered, 503: errors.NotRegistered,
+}  # fmt: skip
+
+
+def _of_the_cluster() -> Iterator[Cause]:
+    """What calls to the cluster meet once."""
+    everywhere = _all(ENGINE)
+    for error in ANSWERS:
+        yield Cause("raises", error, error, calls=everywhere)
+    # Only what makes something under a name finds the name taken.
+    yield Cause("raises", errors.AlreadyThere, errors.AlreadyThere, calls=frozenset({"create_snap", "clone"}))
+    yield Cause("raises", errors.LedgerConflict, errors.LedgerConflict, calls=frozenset({"omap_replace"}))
+    yield Cause("raises", ZeroDivisionError, errors.SnapError, calls=everywhere)
+    for error in (errors.Unreachable, errors.Blocklisted):
+        yield Cause("loses_the_answer", error, error, calls=_CHANGES)
+    # A bug just after the first record leaves that.
+    yield Cause("loses_the_answer", ZeroDivisionError, errors.SnapError, ("reserve",), _CHANGES, lasts=True)
+    yield Cause("loses_the_answer", ZeroDivisionError, errors.SnapError, tuple(ENGINE)[2:], _CHANGES)
+
+
+def _of_the_servers() -> Iterator[Cause]:
+    """What happens to the cluster, or in it, as a step begins."""
+    # Snapshots alone need the monitor, and a frozen disk still has one to be removed.
+    yield Cause("frozen", "osds", errors.Unreachable, lasts=True)
+    yield Cause("frozen", "monitor", errors.Unreachable, lasts=True)
+    yield Cause("frozen", "manager")
+    for daemons in ("osds", "monitor", "manager"):
+        yield Cause("killed", daemons, only_real=True)
+    yield Cause("blocklisted", None, errors.Blocklisted, tuple(ENGINE)[1:], lasts=True)
+    for kind in ("denied", "denied_writes"):
+        yield Cause(kind, "images", errors.NoPermission, _BEFORE_PIVOT, lasts=True, bars_undo=True)
+        yield Cause(kind, "vms", errors.NoPermission, lasts=True, suspends=True)
+    # Without the right to cut the dead engine's client off nothing of it is touched.
+    yield Cause("engine_killed", "unfenced", errors.EngineLost, _BEFORE_PIVOT[2:], lasts=True, bars_undo=True)
+    until_flat = ("connect", "reserve", "snap", "protect", "clone", "flatten")
+    yield Cause("full", "images", errors.NoSpace, until_flat, lasts=True, bars_undo=True, bars_copy=True)
+    yield Cause("full", "vms")
+    until_cloned = until_flat[:-1]
+    yield Cause("name_taken", None, errors.AlreadyThere, until_cloned, lasts=True, bars_copy=True)
+    yield Cause("snap_taken", None, errors.AlreadyThere, ("connect", "reserve", "snap"), lasts=True)
+    yield Cause("seal_taken", None, errors.AlreadyThere, ("flatten", "seal"), lasts=True, bars_undo=True)
+    yield Cause("clone_open", None, errors.CephError, ("flatten", "seal"), lasts=True, bars_undo=True)
+    for clone_format, error in ((1, errors.Busy), (2, errors.CephError)):
+        steps = ("clone", "flatten", "release")
+        yield Cause("frozen_has_child", None, error, steps, lasts=True, formats=(clone_format,))
+    yield Cause("seal_has_child", None, errors.NotRegistered, ("metadata", "register"), lasts=True, bars_undo=True)
+
+
+def _of_the_processes() -> Iterator[Cause]:
+    for when in ("before", "after"):
+        yield Cause("engine_killed", when, errors.EngineLost, calls=_all(ENGINE))
+        yield Cause("both_killed", when, steps=tuple(STEPS), calls=_all(STEPS), dead=True)
+        yield Cause("compute_killed", when, steps=tuple(GLANCE), calls=_all(GLANCE), dead=True)
+    yield Cause("compute_killed", "meanwhile", calls=_all(ENGINE), dead=True)
+    yield Cause("engine_killed", "meanwhile", steps=tuple(GLANCE), calls=_all(GLANCE))
+    yield Cause("engine_killed", "meanwhile", errors.LedgerConflict, ("quiesce",), calls=frozenset({"freeze"}))
+
+
+def _of_the_guest() -> Iterator[Cause]:
+    ask = frozenset({"answer"})
+    for kind in ("guest_refuses", "guest_hangs"):
+        yield Cause(kind, None, errors.GuestSilent, ("quiesce",), ask)
+        yield Cause(kind, None, None, ("quiesce",), frozenset({"thaw"}), lasts=True)
+    for what, error in (("optional", None), ("required", errors.NotQuiesced)):
+        yield Cause("guest_refuses", what, error, ("quiesce",), frozenset({"can", "freeze"}))
+        yield Cause("guest_hangs", what, error, ("quiesce",), frozenset({"freeze"}))
+        yield Cause("guest_loses_the_answer", what, error, ("quiesce",), frozenset({"freeze"}))
+        yield Cause("guest_thaws_early", what, error, ("snap",))
+
+
+def _of_glance() -> Iterator[Cause]:
+    for status, error in STATUSES.items():
+        yield Cause("answers", status, error, ("metadata", "register"))
+        yield Cause("answers", status, errors.InDoubt, ("wait",), lasts=True)
+        yield Cause("answers_once", status, None, ("wait",))
+    for status in (403, 404, 405, 501):  # this Glance has, or allows, only the other interface
+        yield Cause("answers_once", status, None, ("register",), frozenset({"post"}))
+    for how in ("reset", "hang"):
+        yield Cause("is_silent", how, errors.GlanceSilent, ("metadata",))
+        yield Cause("is_silent", how, errors.InDoubt, ("register",))
+        yield Cause("is_silent", how, errors.InDoubt, ("wait",), lasts=True)
+        yield Cause("is_silent_once", how, None, ("wait",))
+        yield Cause("loses_the_reply", how, None, ("register",))
+    # What may be repeated is, where there is time left for it.
+    yield Cause("is_silent_once", "reset", None, ("metadata",))
+    yield Cause("loses_the_reply", "reset", None, ("metadata",))
+    yield Cause("task_fails", None, errors.NotRegistered, ("register",), frozenset({"post"}))
+    yield Cause("never_active", None, errors.InDoubt, ("register",), frozenset({"post"}), lasts=True)
+    yield Cause("record_deleted", None, errors.RecordGone, tuple(STEPS))
+    yield Cause("other_data", None, errors.NotQueued, ("metadata", "register"), frozenset({"properties", "post"}))
+
+
+CAUSES = [
+    *_of_the_cluster(), *_of_the_servers(), *_of_the_processes(), *_of_the_guest(), *_of_glance(),
+]  # fmt: skip
+
+
+# -- what is promised ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Promise:
+    """How the request of a cell ends.
+
+    :ivar error: what the clone way fails with; None if it does not.
+    """
+
+    outcome: Outcome
+    error: Optional[type[errors.SnapError]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cause at one place.
+
+    :ivar variant: of the world it is in: ``clone_format``, ``old_glance``, ``flat_disk``.
+    """
+
+    place: Place
+    cause: Cause
+    variant: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        variant = "".join(f" ({name} {value})" for name, value in self.variant.items())
+        return f"{self.place}: {self.cause}{variant}"
+
+    @property
+    def is_late(self) -> bool:
+        """The image is active: what is left of its job goes when the engine next looks."""
+        return self.place.step in AFTER_PIVOT
+
+    @property
+    def promise(self) -> Promise:
+        cause, step = self.cause, self.place.step
+        for exception in EXCEPTIONS:
+            if exception.is_about(self):
+                return exception.promise
+        if cause.dead:
+            given = step in ("wait", *AFTER_PIVOT) or (step == "register" and cause.what == "after")
+            return Promise(Outcome.FORWARD if given else Outcome.ENDS, None)
+        if step in AFTER_PIVOT or cause.error is None:
+            return Promise(Outcome.FORWARD, None)
+        if cause.error is errors.InDoubt:
+            return Promise(Outcome.KEPT, cause.error)
+        in_the_way = cause.bars_undo and step in AFTER_CLONE
+        if not cause.error.may_fall_back or cause.bars_copy or in_the_way:
+            return Promise(Outcome.ENDS, cause.error)
+        return Promise(Outcome.BACK, cause.error)
+
+
+@dataclass(frozen=True)
+class Exception_:
+    """Cells to which the rules do not apply, and why."""
+
+    why: str
+    promise: Promise
+    places: frozenset[str]
+    causes: frozenset[str]
+
+    def is_about(self, cell: Cell) -> bool:
+        return str(cell.place) in self.places and str(cell.cause) in self.causes
+
+
+EXCEPTIONS = [
+    Exception_(
+        "a mere question is asked anew on a new connection",
+        Promise(Outcome.FORWARD, None),
+        frozenset({"connect.connect", "connect.fsid", "connect.lookup"}),
+        frozenset({"raises Blocklisted"}),
+    ),
+    Exception_(
+        "the disk's base image may have been deleted; then another image tells the data pool",
+        Promise(Outcome.FORWARD, None),
+        frozenset({"reserve.lookup.2"}),
+        frozenset({"raises Missing"}),
+    ),
+    Exception_(
+        "not found, says a removal, and yet it is there",
+        Promise(Outcome.BACK, errors.CephError),
+        frozenset({"release.unprotect_snap", "release.remove_snap_by_id"}),
+        frozenset({"raises Missing"}),
+    ),
+    Exception_(
+        "it was deleted as an active image, with its data",
+        Promise(Outcome.ENDS, None),
+        frozenset({"forget.omap_items"}),
+        frozenset({"record_deleted"}),
+    ),
+    Exception_(
+        "nobody knows of a request before its first record",
+        Promise(Outcome.UNHEARD, None),
+        frozenset(
+            f"{step}.{call}{nth}"
+            for step in ("connect", "reserve")
+            for call in STEPS[step].asks
+            for nth in ("", ".2")
+        ),
+        frozenset({"both_killed before", "both_killed after", "compute_killed meanwhile"}),
+    ),
+    Exception_(
+        "nobody knows of a request before its first record",
+        Promise(Outcome.UNHEARD, None),
+        frozenset({"reserve.omap_replace"}),
+        frozenset({"both_killed before"}),
+    ),
+]
+
+
+def cells(trace: Iterable[Place], **variant: Any) -> Iterator[Cell]:
+    """The cells of a request that calls what is in *trace*."""
+    for place in trace:
+        for cause in CAUSES:
+            if cause.meets(place) and variant.get("clone_format", 2) in cause.formats:
+                yield Cell(place, cause, variant)

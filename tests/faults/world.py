@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a cell's request is made: what worlds of fakes and of real servers have in common."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, Callable, NoReturn, Optional
+
+from nova_rbd_snap.engine.service import Engine
+from tests.faults.matrix import Cell
+from tests.faults.request import NovaCompute, Request
+from tests.faults.sabotage import Killed, Mischief, Saboteur
+
+
+class World(abc.ABC):
+    """A cluster, Glance, and a nova-compute that is asked for a snapshot of a server's disk.
+
+    Each kind of cause is a method that returns the mischief to be done.
+
+    :ivar deletes_records: whether Nova's manager can delete the record of a request that failed.
+    :ivar suspensions: how often the guest was suspended for a copy.
+    """
+
+    deletes_records = True
+    suspensions = 0
+
+    def __init__(self, disk: str) -> None:
+        self.saboteur = Saboteur(disk)
+        self.compute = NovaCompute(self.engine, self.connect, self.saboteur, "life-1")
+        #: What ends what others did, by :meth:`heal`.
+        self._ends: list[Callable[[], None]] = []
+        #: A request to Glance that was lost.
+        self._late: Optional[Callable[[], Any]] = None
+
+    # -- as a world is -----------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def connect(self) -> Any:
+        """A new connection to the cluster, as nova-compute's Ceph user."""
+
+    @abc.abstractmethod
+    def engine(self, **options: Any) -> Engine:
+        """An engine, given ``life``, ``held`` and ``connect``."""
+
+    @abc.abstractmethod
+    def request(self) -> Request:
+        """The request."""
+
+    @abc.abstractmethod
+    def delete_record(self) -> None:
+        """As Nova's manager does after a failure."""
+
+    @abc.abstractmethod
+    def surroundings(self) -> dict[str, Any]:
+        """All that there is but the image, by name."""
+
+    @abc.abstractmethod
+    def status(self) -> Optional[str]:
+        """Of the image record; None where there is none."""
+
+    @abc.abstractmethod
+    def has_data(self) -> bool:
+        """Whether there is an rbd image of the image's name."""
+
+    @abc.abstractmethod
+    def assert_whole(self) -> None:
+        """The image's data are the disk's at the instant of the snapshot, in the form Glance wants."""
+
+    # -- what happens in it ------------------------------------------------------------------------------------------
+
+    def prepare(self, cell: Cell) -> None:
+        """Let the cell's cause happen at its place."""
+        make = getattr(self, cell.cause.kind)
+        self.saboteur.plan(cell.place, make() if cell.cause.what is None else make(cell.cause.what))
+        self.saboteur.outlasts_the_way = cell.cause.lasts
+
+    def heal(self) -> None:
+        """All that hinders is over; what somebody else made is seen to be as they made it, and removed."""
+        self.saboteur.stop()
+        while self._ends:
+            self._ends.pop()()
+
+    def arrive(self) -> None:
+        """What Glance was asked for, and seemed lost, takes effect."""
+        if self._late:
+            self._late()
+
+    def reclaim(self) -> None:
+        """Earlier work is looked after: by the engine that there is, or, after a death, by those that there are then."""
+        if self.compute.is_alive:
+            self.compute.engine().reclaim()
+            return
+        self.compute.end_of_the_socket()
+        NovaCompute(self.engine, self.connect, self.saboteur, "life-2").engine().reclaim()
+
+    def _begins(self, happen: Callable[[], Any], end: Callable[[], Any] = lambda: None) -> Mischief:
+        """Something happens before a call; *end* ends it."""
+
+        def mischief(do: Callable[[], Any]) -> Any:
+            happen()
+            self._ends.append(end)
+            return do()
+
+        return mischief
+
+    # -- mischief that is the same everywhere ------------------------------------------------------------------------
+
+    @staticmethod
+    def raises(error: type[Exception]) -> Mischief:
+        def mischief(do: Callable[[], Any]) -> NoReturn:
+            raise error("injected")
+
+        return mischief
+
+    @staticmethod
+    def loses_the_answer(error: type[Exception]) -> Mischief:
+        def mischief(do: Callable[[], Any]) -> NoReturn:
+            do()
+            raise error("injected: the answer is lost")
+
+        return mischief
+
+    def engine_killed(self, when: str) -> Mischief:
+        return self._killed(self.compute.kill_engine, when)
+
+    def both_killed(self, when: str) -> Mischief:
+        return self._killed(self.compute.kill_both, when)
+
+    def compute_killed(self, when: str) -> Mischief:
+        return self._killed(self.compute.kill, when)
+
+    @staticmethod
+    def _killed(kill: Callable[[], None], when: str) -> Mischief:
+        def mischief(do: Callable[[], Any]) -> Any:
+            if when == "after":
+                do()
+            kill()
+            if when == "meanwhile":
+                return do()
+            raise Killed
+
+        return mischief
+
+    def answers(self, status: int) -> Mischief:
+        self.saboteur.for_step = True
+        return self.answers_once(status)
+
+    @abc.abstractmethod
+    def answers_once(self, status: int) -> Mischief:
+        """Glance refuses."""
+
+    def is_silent(self, how: str) -> Mischief:
+        self.saboteur.for_step = True
+        return self.is_silent_once(how)
+
+    def is_silent_once(self, how: str) -> Mischief:
+        def mischief(do: Callable[[], Any]) -> Any:
+            self._late = do
+            return self._silently(do, how, asked=False)
+
+        return mischief
+
+    def loses_the_reply(self, how: str) -> Mischief:
+        return lambda do: self._silently(do, how, asked=True)
+
+    @abc.abstractmethod
+    def _silently(self, do: Callable[[], Any], how: str, *, asked: bool) -> Any:
+        """Make a request of Glance, or only seem to, and get no answer."""
+
+    def record_deleted(self) -> Mischief:
+        return self._begins(self.delete_record)

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fault matrix on real servers, as far as those can be made to do it.
+
+``-m quick`` is a slice of a few minutes; ``disturbs`` marks what stops daemons or fills pools of the one cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.faults import real, recording, selection
+from tests.faults.matrix import Cell
+from tests.faults.outcome import check
+from tests.faults.real import RealWorld
+from tests.functional.world import World
+
+#: What is promised of a request to a cluster that does not answer (``docs/design/engine.rst``): so long without progress,
+#: and as long again for what it undoes.
+PROMISED_SECONDS = 2 * max(5 * real.SHORT_SECONDS, 90)
+
+
+def parameters() -> Iterator[Any]:
+    for cell, arrives in selection.both_ends(selection.real_cells()):
+        marks = [pytest.mark.disturbs] if selection.is_disturbing(cell) else []
+        if selection.is_quick(cell):
+            marks.append(pytest.mark.quick)
+        yield pytest.param(cell, arrives, marks=marks, id=f"{cell}{', arrives' if arrives else ''}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cell", "arrives"), list(parameters()))
+def test_cell(world: World, cell: Cell, arrives: bool) -> None:
+    with recording.cell(f"real {cell}", real=True, kill="killed" in cell.cause.kind) as found:
+        place = RealWorld(world, cell)
+        try:
+            check(place, cell, found, arrives=arrives)
+        finally:
+            place.remove()
+        if cell.cause.kind == "frozen":
+            assert found.wait_seconds < 2 * PROMISED_SECONDS

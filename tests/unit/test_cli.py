@@ -1,0 +1,420 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what it prints, what it changes, and how it fails."""
+
+from __future__ import annotations
+
+import configparser
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+
+from nova_rbd_snap import errors
+from nova_rbd_snap.cli import __main__ as cli
+from nova_rbd_snap.cli import commands
+from nova_rbd_snap.engine import wiring
+from nova_rbd_snap.ledger.store import OBJECT, Ledger
+from tests.fakes.cluster import FakeCluster
+from tests.fakes.engine import COPY, DEST, DISK, clone, freeze, make_engine
+from tests.fakes.sweep import (
+    HOUR,
+    LEAKED,
+    NOW,
+    STOCK,
+    World,
+    died_before_registration,
+    flatten_failed,
+    ours_without_a_record,
+    removal_failed,
+)
+
+SECRET = "hunter2-is-a-secret"
+NOVA_CONF = f"""
+[libvirt]
+images_rbd_pool = vms
+snapshots_directory = /nowhere/snapshots
+[rbd_snap]
+glance_pool = images
+operation_timeout = 5
+[service_user]
+auth_type = password
+auth_url = http://127.0.0.1:1/v3
+username = nova
+password = {SECRET}
+project_name = service
+user_domain_id = default
+project_domain_id = default
+"""
+
+
+class Shell:
+    """Runs commands in this process."""
+
+    def __init__(self, world: World, conf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.world, self.conf, self._capsys = world, conf, capsys
+        self.out = self.err = ""
+
+    def __call__(self, *words: str, conf: Optional[Path] = None) -> int:
+        """Exit code of the command; what it printed is in ``out`` and ``err``."""
+        self._capsys.readouterr()
+        sys.argv = ["nova-rbd-snap", "--config-file", str(conf or self.conf), *words]
+        try:
+            code = cli.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        self.out, self.err = self._capsys.readouterr()
+        assert "Traceback" not in self.out + self.err
+        assert SECRET not in self.out + self.err
+        return code
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What ``-f json`` printed."""
+        found: list[dict[str, Any]] = json.loads(self.out)
+        return found
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Shell]:
+    world, conf = World(), tmp_path / "nova.conf"
+    conf.write_text(NOVA_CONF)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(wiring, "need_bindings", lambda: None)
+    monkeypatch.setattr(wiring, "connect", lambda settings: world.cluster.another())
+    monkeypatch.setattr(wiring, "glance", lambda nova_conf, settings: world.glance)
+    monkeypatch.setattr("time.time", lambda: NOW)
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield Shell(world, conf, capsys)
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(handler)
+    root.setLevel(level)
+
+
+# -- sweep -----------------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_prints_the_plan_that_the_sweep_executes(shell: Shell) -> None:
+    before = shell.world.cluster.picture()
+    leaked = flatten_failed(shell.world) | ours_without_a_record(shell.world)
+    dirty = shell.world.cluster.picture()
+    assert shell("sweep", "--dry-run", "-f", "json") == 0
+    planned = shell.rows()
+    assert {(row["What"], row["Action"]) for row in planned} == {(what, "remove") for what in leaked}
+    assert shell.world.cluster.picture() == dirty
+    assert shell("sweep", "-f", "json") == 0
+    assert [row["What"] for row in shell.rows()] == [row["What"] for row in planned]
+    assert {row["Action"] for row in shell.rows()} == {"removed"}
+    assert shell.world.cluster.picture() == before
+    assert shell("sweep", "-f", "json") == 0
+    assert shell.rows() == []
+
+
+def test_table(shell: Shell) -> None:
+    died_before_registration(shell.world)
+    assert shell("sweep") == 0
+    assert "| Kind " in shell.out
+    assert f"| {LEAKED} " in shell.out
+    assert "| trashed " in shell.out
+
+
+def test_age_is_the_operators_to_say(shell: Shell) -> None:
+    """In hours and fractions of them."""
+    shell.world.cluster.now = NOW - 0.1 * HOUR
+    removal_failed(shell.world)
+    for hours, action in ((None, "keep"), ("0.2", "keep"), ("0.05", "remove"), ("0", "remove")):
+        assert shell("sweep", "--dry-run", "-f", "json", *(("--older-than", hours) if hours else ())) == 0
+        assert [row["Action"] for row in shell.rows()] == [action]
+
+
+@pytest.mark.parametrize("hours", ["-1", "nan", "inf", "day", ""])
+def test_age_that_is_none(shell: Shell, hours: str) -> None:
+    removal_failed(shell.world)
+    assert shell("sweep", f"--older-than={hours}") == 2
+    assert "no number of hours" in shell.err
+    assert shell.world.cluster.snaps(DISK)
+
+
+def test_pools_of_glances(shell: Shell) -> None:
+    """Those of the configuration and of the options, each once."""
+    for pool in ("images", "elsewhere"):
+        shell.world.cluster.create_disk(type(LEAKED)(pool, LEAKED.name))
+    shell.world.cluster.create_disk(type(LEAKED)("elsewhere", "22222222-2222-4222-8222-000000000001"))
+
+    def found(*words: str, conf: Optional[Path] = None) -> set[str]:
+        assert shell("sweep", "--dry-run", "-f", "json", *words, conf=conf) == 0
+        return {row["What"] for row in shell.rows()}
+
+    assert found() == {f"images/{LEAKED.name}"}
+    both = {f"images/{LEAKED.name}", f"elsewhere/{LEAKED.name}"}
+    assert found("--glance-pool", "elsewhere", "--glance-pool", "images") == both
+    without = shell.conf.with_name("without.conf")
+    without.write_text(NOVA_CONF.replace("glance_pool", "#glance_pool"))
+    assert found(conf=without) == {"Glance's pool"}
+    assert found("--glance-pool", "elsewhere", conf=without) == {f"elsewhere/{LEAKED.name}"}
+    assert shell("sweep", "--glance-pool", "typo") == 2
+    assert "typo" in shell.err
+
+
+def test_what_was_to_go_and_stays_is_the_exit_code(shell: Shell) -> None:
+    flatten_failed(shell.world)
+    ours_without_a_record(shell.world)
+    shell.world.cluster.hold(LEAKED, float("inf"))
+    assert shell("sweep", "-f", "json") == 1
+    assert {row["What"]: row["Action"] for row in shell.rows()} == {
+        str(LEAKED): "kept",
+        str(DISK.snap(STOCK)): "kept",
+        **{str(DISK.snap(f"nova-rbd-snap-{job}")): "removed" for job in (DEST.name, COPY)},
+    }
+
+
+def test_what_is_kept_by_plan_is_no_failure(shell: Shell) -> None:
+    snap = removal_failed(shell.world)
+    shell.world.cluster.clone(DISK.snap(STOCK), type(DISK)("elsewhere", "somebody's"), None)
+    assert shell("sweep", "-f", "json") == 0
+    assert {(row["What"], row["Action"]) for row in shell.rows()} == {(snap.pop(), "kept")}
+
+
+def test_interrupted(shell: Shell) -> None:
+    """What was done is told; what was not done is not done."""
+    ours_without_a_record(shell.world)
+    shell.world.cluster.fail_on("remove_snap_by_id", KeyboardInterrupt, nth=2)
+    assert shell("sweep", "-f", "json") == 1
+    assert [row["Action"] for row in shell.rows()] == ["removed"]
+    assert "interrupted" in shell.err
+    assert len(shell.world.cluster.snaps(DISK)) == 1
+
+
+def test_without_credentials(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images are kept with that reason, the rest is swept; nothing secret is printed, however talkative."""
+    monkeypatch.undo()
+    world = shell.world
+    monkeypatch.setattr(wiring, "need_bindings", lambda: None)
+    monkeypatch.setattr(wiring, "connect", lambda settings: world.cluster.another())
+    died_before_registration(world)
+    ours_without_a_record(world)
+    bad = shell.conf.with_name("bad.conf")
+    for text in ("", "[service_user]\nauth_type = nonsense\n", "[service_user]\ntimeout = soon\n"):
+        bad.write_text(NOVA_CONF + text)
+        assert shell("--debug", "-vv", "sweep", "--dry-run", "-f", "json", conf=bad) == 0
+        (row,) = (row for row in shell.rows() if row["Kind"] == "image")
+        assert (row["What"], row["Action"]) == ("images", "keep")
+    assert shell("sweep", "-f", "json") == 0
+    assert [row["Action"] for row in shell.rows()] == ["kept", "removed", "removed"]
+    assert world.cluster.exists(LEAKED)
+
+
+# -- job list --------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_are_listed(shell: Shell) -> None:
+    """With whose they are, where they are, and what could not be undone; strange ones, too."""
+    cluster = shell.world.cluster
+    engine = make_engine(cluster)
+    clone(engine)
+    freeze(engine)
+    cluster.omap_replace("vms", OBJECT, "key", None, '{"version": 2}')
+    before = cluster.picture()
+    assert shell("job", "list", "-f", "json") == 0
+    rows = {row["ID"]: row for row in shell.rows()}
+    assert rows.keys() == {DEST.name, COPY, "key"}
+    client = Ledger(cluster, "vms").load(COPY).owner.client
+    assert rows[COPY] == {
+        "ID": COPY,
+        "Kind": "freeze",
+        "Step": "ready",
+        "Disk": str(DISK),
+        "Host": "compute-1",
+        "Client": client,
+        "Hours": round(NOW / HOUR, 1),
+        "Left": "",
+    }
+    assert rows["key"]["Kind"] == "strange record"
+    assert "version 2" in rows["key"]["Left"]
+    assert cluster.picture() == before
+
+
+def test_no_ledger(shell: Shell) -> None:
+    assert shell("job", "list", "-f", "json") == 0
+    assert shell.rows() == []
+
+
+@pytest.mark.parametrize("command", [("job", "list"), ("sweep", "--dry-run")])
+@pytest.mark.parametrize("formatter", ["table", "json", "value", "csv"])
+def test_names_do_not_reach_the_terminal_raw(shell: Shell, command: tuple[str, ...], formatter: str) -> None:
+    """A key of the ledger may hold anything."""
+    shell.world.cluster.omap_replace("vms", OBJECT, "\x1b]0;owned\x07\nsecond line\u202e", None, "\x9b2J")
+    assert shell(*command, "-f", formatter) == 0
+    assert "owned" in shell.out
+    assert all(char.isprintable() or char == "\n" for char in shell.out.replace("\r\n", "\n"))
+    assert "\nsecond" not in shell.out
+
+
+# -- job reclaim -----------------------------------------------------------------------------------------------------
+
+
+class Glances:
+    """Glance as the engine asks it: one answer for every image."""
+
+    def __init__(self, uses: Optional[bool]) -> None:
+        self.uses = lambda image_id, url: uses
+        self.settle = self.uses
+
+
+def left_by_another_host(shell: Shell, monkeypatch: pytest.MonkeyPatch, uses: Optional[bool]) -> FakeCluster:
+    """A clone that awaits its registration and a frozen disk; returns the connection of the engine that made them."""
+    monkeypatch.setattr("nova_rbd_snap.openstack.registration.Images", lambda *more: Glances(uses))
+    dead = shell.world.cluster.another()
+    engine = make_engine(shell.world.cluster, host="dead", connect=lambda: dead)
+    clone(engine)
+    freeze(engine)
+    return dead
+
+
+def test_named_jobs_are_ended(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others are not; exactly the client that worked on them is cut off."""
+    cluster = shell.world.cluster
+    before = cluster.picture()
+    dead = left_by_another_host(shell, monkeypatch, uses=False)
+    assert shell("job", "reclaim", DEST.name, "-f", "json") == 0
+    assert shell.rows() == [{"ID": DEST.name, "Action": "ended", "Why": ""}]
+    assert [job.id for job in Ledger(cluster, "vms").read().jobs] == [COPY]
+    assert cluster.fenced == {dead.address()}
+    assert shell("job", "reclaim", COPY, COPY) == 0
+    assert cluster.picture() == before
+
+
+def test_jobs_that_stay(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is told why, the others are ended all the same, and the exit code says that not all went."""
+    left_by_another_host(shell, monkeypatch, uses=None)
+    shell.world.cluster.omap_replace("vms", OBJECT, "strange", None, "{}")
+    assert shell("job", "reclaim", DEST.name, "typo", "strange", COPY, "-f", "json") == 1
+    actions = {row["ID"]: row["Action"] for row in shell.rows()}
+    assert actions == {DEST.name: "kept", "typo": "none", "strange": "none", COPY: "kept"}
+    owner = Ledger(shell.world.cluster, "vms").load(DEST.name).owner
+    assert owner.host.startswith("operator:")
+    assert owner.machine == "operator"
+    assert all(row["Why"] for row in shell.rows())
+
+
+def test_no_job_is_named(shell: Shell) -> None:
+    assert shell("job", "reclaim") == 2
+
+
+# -- how it fails ----------------------------------------------------------------------------------------------------
+
+EACH = pytest.mark.parametrize("command", [("sweep",), ("job", "list"), ("job", "reclaim", DEST.name)], ids=" ".join)
+
+
+@EACH
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[rbd_snap]\noperation_timeout = soon\n", "[rbd_snap] operation_timeout"),
+        ("no section\n", "cannot be read"),
+        (None, "Failed to find"),
+    ],
+)
+def test_bad_configuration(shell: Shell, command: tuple[str, ...], text: Optional[str], complaint: str) -> None:
+    conf = shell.conf.with_name("bad.conf")
+    if text:
+        conf.write_text(text)
+    assert shell(*command, conf=conf) == 2
+    assert complaint in shell.err
+    assert shell.out == ""
+
+
+@EACH
+def test_no_configuration(shell: Shell, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]) -> None:
+    """It would look for Ceph's defaults, which are not Nova's."""
+    monkeypatch.setattr("oslo_config.cfg.find_config_files", lambda *more, **most: [])
+    monkeypatch.setattr("oslo_config.cfg.find_config_dirs", lambda *more, **most: [])
+    monkeypatch.setattr(sys, "argv", ["nova-rbd-snap", *command])
+    assert cli.main() == 2
+
+
+@EACH
+def test_no_cluster(shell: Shell, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]) -> None:
+    """Cause and remedy."""
+
+    def silent(settings: object) -> None:
+        raise errors.Unreachable("connect to Ceph: timed out")
+
+    monkeypatch.setattr(wiring, "connect", silent)
+    code = shell(*command)
+    if command[-1] == DEST.name:  # told for each job
+        assert (code, "timed out" in shell.out) == (1, True)
+    else:
+        assert (code, "timed out" in shell.err, "remedy" in shell.err) == (2, True, True)
+
+
+@EACH
+def test_no_bindings(shell: Shell, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]) -> None:
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "rados", None)
+    assert shell(*command) == 2
+    assert "python3-rados" in shell.err
+
+
+def test_no_cliff(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "cliff" or name == "nova_rbd_snap.cli.app"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert shell("sweep") == 2
+    assert "install cliff" in shell.err
+
+
+@EACH
+def test_mistake_of_ours(shell: Shell, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]) -> None:
+    """Is told in one line, too, unless a traceback is asked for."""
+
+    def broken(settings: object) -> None:
+        raise ZeroDivisionError("oops\x1b[2J")
+
+    monkeypatch.setattr(wiring, "connect", broken)
+    assert shell(*command) in (1, 2)
+    assert "ZeroDivisionError: oops" in shell.out + shell.err
+    assert "\x1b" not in shell.out + shell.err
+
+
+@pytest.mark.parametrize("command", [("sweep",), ("job", "reclaim", DEST.name)])
+def test_unknown_column_is_refused_before_anything_is_done(shell: Shell, command: tuple[str, ...]) -> None:
+    ours_without_a_record(shell.world)
+    clone(make_engine(shell.world.cluster), image_id="22222222-2222-4222-8222-000000000003")
+    before = shell.world.cluster.picture()
+    assert shell(*command, "-c", "Colour") == 2
+    assert "Colour" in shell.err
+    assert shell.world.cluster.picture() == before
+    assert shell("sweep", "--dry-run", "-c", "what", "-c", "Action", "-f", "value") == 0
+    assert len(shell.out.splitlines()) == 3
+
+
+@pytest.mark.parametrize("words", [("--help",), ("sweep", "--help"), ("help", "job", "reclaim")])
+def test_help(shell: Shell, words: tuple[str, ...]) -> None:
+    assert shell(*words) == 0
+    assert "usage" in shell.out
+
+
+@pytest.mark.parametrize("words", [(), ("-v",), ("swep",), ("job",), ("job", "reclaim")])
+def test_no_command(shell: Shell, words: tuple[str, ...]) -> None:
+    """No prompt opens either."""
+    assert shell(*words) == 2
+
+
+def test_script_is_installed() -> None:
+    """The entry point names what is there."""
+    parsed = configparser.ConfigParser()
+    parsed.read(Path(__file__).parents[2] / "setup.cfg")
+    name, _, target = parsed["entry_points"]["console_scripts"].strip().partition(" = ")
+    module, _, function = target.partition(":")
+    assert name == "nova-rbd-snap"
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_each_command_says_what_it_is_for() -> None:
+    for command in commands.COMMANDS.values():
+        assert command.__doc__
+        assert command.columns
