@@ -13,7 +13,7 @@ test:                ## every suite, on real servers; ends with the sum of all
 	$(PYTHON) tests/run
 
 test-unit: $(VENV)/ready   ## seconds, with neither Ceph nor Nova
-	$(VENV)/bin/python -m pytest tests/unit
+	$(VENV)/bin/python -m pytest tests/unit tests/faults
 
 style: $(VENV)/ready
 	$(VENV)/bin/ruff check .
