@@ -30,7 +30,7 @@ LOG = logging.getLogger(__name__)
 _START_SECONDS = 60
 #: Seconds between two starts: 1, 2, 4 … up to the last.
 _BACK_OFF_SECONDS = (1, 8)
-#: Seconds between two starts that nobody waits for, once one has failed.
+#: The most seconds between two starts that nobody waits for, where one after the other fails.
 _RETRY_SECONDS = 60
 #: How many engines are told what only nova-compute knows, where one after the other ends over it.
 _ATTEMPTS = 3
@@ -257,12 +257,15 @@ class EngineClient:
 
     def keep_running(self) -> None:
         """See that there is an engine, for the rest of this process's life: it has work that nobody calls for."""
+        pause: float = _BACK_OFF_SECONDS[0]
         while True:
             try:
                 self._running().wait()
+                pause = _BACK_OFF_SECONDS[0]
             except errors.EngineUnavailable as error:
                 LOG.warning("%s", error)
-                time.sleep(_RETRY_SECONDS)
+                time.sleep(pause)
+                pause = min(2 * pause, _RETRY_SECONDS)
 
     @property
     def pid(self) -> Optional[int]:

@@ -219,7 +219,9 @@ class Play:
         """
         self._place, self._stack = place, stack
         self._machine = str(uuid.uuid4())
-        self._log = stack.enter_context((place.folder / f"{self._machine}.log").open("w"))
+        name = instant.number if instant is not None else "undisturbed"
+        self._log_path = place.folder / f"{name}-{self._machine}.log"
+        self._log = stack.enter_context(self._log_path.open("w"))
         self.scene = Scene(place.world, stack, guest=instant is not None and instant.guest)
         request = {
             "image_id": self.scene.image_id,
@@ -240,7 +242,7 @@ class Play:
 
     @property
     def log(self) -> str:
-        return (self._place.folder / f"{self._machine}.log").read_text()
+        return self._log_path.read_text()
 
     def live(self) -> float:
         """Take the snapshot in peace; returns how many seconds that took."""
