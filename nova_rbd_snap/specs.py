@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
+
+#: What Nova's servers and Glance's images are called by, as a pattern.
+UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 #: Name of the snapshot Glance's rbd store makes of every image and its readers clone from
 #: (glance_store, ``DEFAULT_SNAPNAME``).
@@ -65,7 +69,10 @@ class Location:
         return cls(fsid, ImageSpec(pool, image).snap(snap))
 
 
-_CLIENT = re.compile(r"(?:(?:v1|v2|any):)?((?:\[[0-9a-fA-F:]+\]|[0-9.]+):\d+/([1-9]\d*))")
+#: Clients bind to no port; what has one is a daemon.
+_CLIENT = re.compile(r"(?:(?:v1|v2|any):)?(\[?([0-9a-fA-F.:]+)\]?:0/([0-9]{1,10}))")
+#: Ceph keeps 32 bits of a nonce: a larger one would mean another client, or with 2**32 a whole host.
+_NONCES = range(1, 1 << 32)
 
 
 def client_address(text: str) -> str:
@@ -79,6 +86,7 @@ def client_address(text: str) -> str:
     if first.startswith("[v"):
         first = first[1:-1].split(",")[0]
     found = _CLIENT.fullmatch(first)
-    if found is None:
-        raise ValueError(f"{text!r} is not the address of one client: host:port/nonce")
+    if found is None or int(found[3]) not in _NONCES:
+        raise ValueError(f"{text!r} is not the address of one client: host:0/nonce")
+    ipaddress.ip_address(found[2])
     return found[1]

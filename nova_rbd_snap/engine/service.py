@@ -274,8 +274,14 @@ class Engine:
         """
         with self._at_work(job_id), self._connection() as cluster:
             ledger = self._ledger(cluster)
-            job = self._take_over(ledger.load(job_id), cluster)
-            jobs.conclude(job, ledger, self._run(cluster), self._images)
+            theirs = ledger.load(job_id)
+            try:
+                jobs.conclude(self._take_over(theirs, cluster), ledger, self._run(cluster), self._images)
+            except errors.SnapError:
+                # Its own nova-compute, where there is one, goes on trying.
+                with contextlib.suppress(errors.SnapError):
+                    ledger.advance(ledger.load(job_id), owner=theirs.owner)
+                raise
 
     # -- what earlier work left ----------------------------------------------------------------------------------
 

@@ -22,12 +22,11 @@ from nova_rbd_snap.ledger.job import SNAP_PREFIX
 from nova_rbd_snap.ledger.store import Contents
 from nova_rbd_snap.snapshot import steps
 from nova_rbd_snap.snapshot.saga import Run
-from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, SnapSpec
+from nova_rbd_snap.specs import GLANCE_SNAP, UUID, ImageSpec, SnapSpec
 
-_UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-_IMAGE = re.compile(_UUID)
-_DISK = re.compile(rf"{_UUID}_disk(?:\.[0-9a-z_]+)?")
-_OUR_SNAP = re.compile(rf"{SNAP_PREFIX}({_UUID}(?:-copy)?)")
+_IMAGE = re.compile(UUID)
+_DISK = re.compile(rf"{UUID}_disk(?:\.[0-9a-z_]+)?")
+_OUR_SNAP = re.compile(rf"{SNAP_PREFIX}({UUID}(?:-copy)?)")
 
 
 def _recorded(ledger: Contents) -> set[str]:

@@ -9,12 +9,10 @@ import re
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from nova_rbd_snap.specs import ImageSpec, SnapSpec, client_address
+from nova_rbd_snap.specs import UUID, ImageSpec, SnapSpec, client_address
 
 #: Version of the record's format. A record of a newer one is kept and never touched.
 VERSION = 1
-
-_UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 #: Kinds of job: a clone that becomes a Glance image; a frozen snapshot that Nova's full copy reads.
 CLONE = "clone"
@@ -25,8 +23,8 @@ SNAP_PREFIX = "nova-rbd-snap-"
 
 #: What an id of each kind looks like, the Glance image's id being the group: a clone bears it as its name, so a record
 #: can name nothing for removal that is not named like an image; and what a server's disk looks like.
-_IDS = {CLONE: re.compile(f"({_UUID})"), FREEZE: re.compile(f"({_UUID})-copy")}
-_DISK = re.compile(f"{_UUID}_[^/@]+")
+_IDS = {CLONE: re.compile(f"({UUID})"), FREEZE: re.compile(f"({UUID})-copy")}
+_DISK = re.compile(f"{UUID}_[^/@]+")
 
 
 def copy_id(image_id: str) -> str:

@@ -295,9 +295,8 @@ def test_jobs_that_stay(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shell("job", "reclaim", DEST.name, "typo", "strange", COPY, "-f", "json") == 1
     actions = {row["ID"]: row["Action"] for row in shell.rows()}
     assert actions == {DEST.name: "kept", "typo": "none", "strange": "none", COPY: "kept"}
-    owner = Ledger(shell.world.cluster, "vms").load(DEST.name).owner
-    assert owner.host.startswith("operator:")
-    assert owner.machine == "operator"
+    # Given back: its own nova-compute may know more one day.
+    assert Ledger(shell.world.cluster, "vms").load(DEST.name).owner.host == "dead"
     assert all(row["Why"] for row in shell.rows())
 
 

@@ -39,7 +39,7 @@ def ledger(cluster: FakeCluster) -> Ledger:
 
 
 clients = st.builds(
-    "{}:{}/{}".format, st.ip_addresses(v=4), st.integers(0, 65535), st.integers(min_value=1, max_value=2**32 - 1)
+    "{}:0/{}".format, st.ip_addresses(v=4), st.integers(min_value=1, max_value=2**32 - 1)
 )
 owners = st.builds(Owner, host=st.text(), machine=st.text(), incarnation=st.text(), client=clients)
 disks = st.builds(
