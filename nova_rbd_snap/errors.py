@@ -200,8 +200,8 @@ class NotAuthorized(GlanceError):
     """Glance does not accept the token, so it would not accept an upload either."""
 
     remedy = (
-        "set [service_user] send_service_user_token, so that a tenant's token that expires meanwhile stays good; of the "
-        "service's own credentials, see [rbd_snap] auth_section"
+        "set [service_user] send_service_user_token, so that a tenant's token that expires meanwhile stays good; "
+        "of the service's own credentials, see [rbd_snap] auth_section"
     )
     may_fall_back = False
 

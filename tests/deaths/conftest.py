@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,7 @@ import pytest
 
 from tests import monitor
 from tests.deaths import test_random_instants as subject
-from tests.deaths.instants import Outcome, Place, die, undisturbed
+from tests.deaths.instants import STEPS, Outcome, Place, Seconds, die, undisturbed
 from tests.functional import world as functional
 
 #: Instants at a time.
@@ -28,7 +27,7 @@ _BESIDE = 4
 _PROXY_PORT = 9395
 
 _outcomes = pytest.StashKey[list[Outcome]]()
-_seconds = pytest.StashKey[float]()
+_seconds = pytest.StashKey[Seconds]()
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +50,9 @@ def played(request: pytest.FixtureRequest, place: Place) -> Iterator[dict[int, F
     """The instants of all tests that run, several at a time: number to what became of it."""
     numbers = [item.callspec.params["number"] for item in request.session.items if played.__name__ in item.fixturenames]
     with ThreadPoolExecutor(_BESIDE) as pool:
-        # Twice, for the first ones wait for what nobody has read yet.
-        seconds = statistics.median(list(pool.map(undisturbed, [place] * 2 * _BESIDE))[_BESIDE:])
+        runs = list(pool.map(undisturbed, [place] * _BESIDE))
+        # The quickest of each, for the first of all wait for what nobody has read yet.
+        seconds = {step: min(run[step] for run in runs if step in run) for step in STEPS}
         outcomes = request.config.stash[_outcomes] = []
         request.config.stash[_seconds] = seconds
         futures = {number: pool.submit(die, place, subject.SEED, number, seconds, outcomes) for number in numbers}
@@ -66,9 +66,9 @@ def played(request: pytest.FixtureRequest, place: Place) -> Iterator[dict[int, F
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     outcomes = config.stash.get(_outcomes, [])
     if outcomes:
-        steps = ", ".join(f"{step} {count}" for step, count in Counter(o.step for o in outcomes).most_common())
+        steps = ", ".join(f"{step} {count}" for step, count in Counter(o.job_step for o in outcomes).most_common())
         terminalreporter.write_line(
-            f"seed {subject.SEED}: {len(outcomes)} deaths within {config.stash[_seconds]:.1f} s, "
+            f"seed {subject.SEED}: {len(outcomes)} deaths within {sum(config.stash[_seconds].values()):.1f} s, "
             f"{sum(o.status == 'active' for o in outcomes)} images, {sum(len(o.left) for o in outcomes)} leftovers, "
             f"clean within {max(o.wait_seconds for o in outcomes):.1f} s, "
             f"longest write of a guest {max(o.stall_seconds for o in outcomes):.1f} s; jobs were at: {steps}"

@@ -51,11 +51,17 @@ rbd concurrent management ops = 1
 """
 
 
+#: What a snapshot does, one after the other, as the worker tells; and how many seconds each takes when nothing happens.
+STEPS = ("asked", "reserved", "snap", "clone", "flatten", "seal", "register", "finish")
+Seconds = dict[str, float]
+
+
 @dataclass(frozen=True)
 class Instant:
     """When who dies, and what then.
 
-    :ivar moment: of the first death, as a part of the time that an undisturbed snapshot takes.
+    :ivar step: in which the first death comes. Each is as likely as another, however short it is.
+    :ivar moment: of the first death, as a part of the time that the step takes.
     :ivar second: seconds from then to the death of an engine, whichever is at work then; None for no second death.
     :ivar returns: whether there is a restart.
     :ivar guest: whether somebody writes to the disk.
@@ -63,6 +69,7 @@ class Instant:
 
     number: int
     victim: str
+    step: str
     moment: float
     second: Optional[float]
     returns: bool
@@ -73,12 +80,12 @@ class Instant:
         chance = random.Random(f"{seed} {number}")
         returns = number % 10 != 9
         victim = chance.choice((ENGINE, NOVA_COMPUTE, BOTH)) if returns else BOTH
-        moment = chance.uniform(0, 1.1)
+        step, moment = chance.choice(STEPS), chance.uniform(0, 1.1)
         second = chance.uniform(0, _SECOND_SECONDS) if returns and chance.random() < _SECOND_SHARE else None
-        return cls(number, victim, moment, second, returns, guest=number % 3 == 0)
+        return cls(number, victim, step, moment, second, returns, guest=number % 3 == 0)
 
     def __str__(self) -> str:
-        text = f"{self.victim} killed at {self.moment:.3f}"
+        text = f"{self.victim} killed in '{self.step}' after {self.moment:.2f} of it"
         if self.second is not None:
             text += f", an engine {self.second:.2f} s later"
         if not self.returns:
@@ -90,14 +97,14 @@ class Instant:
 class Outcome:
     """What became of one instant.
 
-    :ivar step: the job's when the first death came.
+    :ivar job_step: the job's when the first death came.
     :ivar wrong: what is not as promised.
     :ivar left: what of that is a leftover.
     :ivar wait_seconds: from the first death until nothing was left.
     """
 
     instant: Optional[Instant]
-    step: str = ""
+    job_step: str = ""
     status: Optional[str] = None
     wrong: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
@@ -138,38 +145,47 @@ class NovaCompute:
             text=True,
             cwd=REPO,
         )
-        self._said: list[dict[str, Any]] = []
+        #: What it said, and when.
+        self._said: list[tuple[float, dict[str, Any]]] = []
         self._engines: set[int] = set()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
         for line in self._process.stdout:
-            self._said.append(json.loads(line))
+            self._said.append((time.monotonic(), json.loads(line)))
 
-    def _find(self, key: str) -> list[Any]:
-        return [message[key] for message in self._said if key in message]
+    def _first(self, key: str, value: Any = None) -> Optional[tuple[float, dict[str, Any]]]:
+        """The first message with *key*, and *value* if one is given, and when it came."""
+        return next(((when, said) for when, said in self._said if key in said and value in (None, said[key])), None)
 
     def is_up(self) -> None:
         """Return once there is an engine."""
-        eventually(lambda: self._find("engine"), "the worker is up", pause=0.05)
-        self._engines.update(self._find("engine"))
+        _, said = eventually(lambda: self._first("engine"), "the worker is up", pause=0.05)
+        self._engines.add(said["engine"])
 
     def ask(self) -> None:
         """Ask for the snapshot."""
+        self._said.append((time.monotonic(), {"step": STEPS[0]}))
         self._process.stdin.write("\n")
         self._process.stdin.flush()
 
-    @property
-    def has_reserved(self) -> bool:
-        return "reserved" in self._find("step")
+    def has_come_to(self, step: str) -> bool:
+        return self._first("step", step) is not None
+
+    def come_to(self, step: str) -> None:
+        """Return when the snapshot has come to *step*, or is over."""
+        eventually(lambda: self.has_come_to(step) or self._first("outcome"), f"it comes to {step}", pause=0.002)
 
     def outcome(self) -> dict[str, Any]:
         """The snapshot's, waited for."""
+        _, said = eventually(lambda: self._first("outcome"), "the snapshot's outcome", _CLEAN_SECONDS, pause=0.02)
+        return dict(said)
 
-        def found() -> Any:
-            return next((message for message in self._said if "outcome" in message), None)
-
-        return dict(eventually(found, "the snapshot's outcome", _CLEAN_SECONDS, pause=0.02))
+    def seconds(self) -> Seconds:
+        """How long each step took, of a snapshot that is over."""
+        found = [self._first("step", step) for step in STEPS] + [self._first("outcome")]
+        times = [message[0] for message in found if message is not None]
+        return {step: end - start for step, start, end in zip(STEPS, times, times[1:])}
 
     def kill(self) -> None:
         self._process.kill()
@@ -244,24 +260,24 @@ class Play:
     def log(self) -> str:
         return self._log_path.read_text()
 
-    def live(self) -> float:
-        """Take the snapshot in peace; returns how many seconds that took."""
+    def live(self) -> Seconds:
+        """Take the snapshot in peace."""
         began = time.monotonic()
         self.scene.asked()
         self._nova.ask()
         self._go_on()
-        seconds = time.monotonic() - began
         self._await_clean(began)
         self._compare()
         assert not self.outcome.wrong, "\n".join([*self.outcome.wrong, "", self.log])
-        return seconds
+        return self._nova.seconds()
 
-    def die(self, undisturbed_seconds: float) -> None:
+    def die(self, undisturbed: Seconds) -> None:
         """Ask for the snapshot, let come what the instant says, and see that all ends well."""
         instant = self.outcome.instant
         self.scene.asked()
         self._nova.ask()
-        time.sleep(instant.moment * undisturbed_seconds)
+        self._nova.come_to(instant.step)
+        time.sleep(instant.moment * undisturbed[instant.step])
         began = time.monotonic()
         self._strike(instant.victim)
         job = self.scene.job()
@@ -294,11 +310,11 @@ class Play:
 
     def _note(self, job: Optional[str]) -> None:
         if job is not None:
-            self.outcome.step = json.loads(job)["step"]
+            self.outcome.job_step = json.loads(job)["step"]
         else:
-            self.outcome.step = "forgotten" if self._nova.has_reserved else "unreserved"
+            self.outcome.job_step = "forgotten" if self._nova.has_come_to("reserved") else "unreserved"
         # Who died before there was a job leaves a record that nobody knows of, as stock Nova does.
-        self._may_wait = not self._nova.has_reserved and job is None
+        self._may_wait = self.outcome.job_step == "unreserved"
 
     def _go_on(self) -> None:
         """nova-compute lives, and knows what to do when its engine ends: it falls back to a copy, if need be."""
@@ -348,13 +364,13 @@ class Play:
         self.outcome.wrong += self.scene.wrong_bytes()
 
 
-def undisturbed(place: Place) -> float:
-    """Take a snapshot that nothing happens to; returns how many seconds that took."""
+def undisturbed(place: Place) -> Seconds:
+    """Take a snapshot that nothing happens to."""
     with contextlib.ExitStack() as stack:
         return Play(place, None, stack).live()
 
 
-def die(place: Place, seed: str, number: int, undisturbed_seconds: float, outcomes: list[Outcome]) -> None:
+def die(place: Place, seed: str, number: int, undisturbed: Seconds, outcomes: list[Outcome]) -> None:
     """Play an instant, and add what became of it to *outcomes*.
 
     :raises AssertionError: that is not as promised; with the processes' log.
@@ -366,8 +382,8 @@ def die(place: Place, seed: str, number: int, undisturbed_seconds: float, outcom
         outcome = play.outcome
         outcomes.append(outcome)
         try:
-            play.die(undisturbed_seconds)
+            play.die(undisturbed)
         except Exception as error:
             outcome.wrong.append(f"{type(error).__name__}: {error}")
         cell.leftovers, cell.wait_seconds = len(outcome.left), outcome.wait_seconds
-        assert not outcome.wrong, "\n".join([f"{name}, at '{outcome.step}'", *outcome.wrong, "", play.log])
+        assert not outcome.wrong, "\n".join([f"{name}, at '{outcome.job_step}'", *outcome.wrong, "", play.log])

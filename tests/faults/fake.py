@@ -277,7 +277,18 @@ class FakeWorld(world.World):
             connection.may_fence = True
 
     def full(self, pool: str) -> Mischief:
-        return self._begins(lambda: self.cluster.fill(pool), lambda: self.cluster.fill(pool, full=False))
+        def hindrance(call: str, arguments: Sequence[Any]) -> None:
+            if call == "create_snap" and images_in(arguments)[0].pool == pool:
+                raise errors.NoSpace(f"pool {pool} is full")
+
+        hinder = self._hinder(hindrance)
+
+        def mischief(do: Callable[[], Any]) -> Any:
+            self.cluster.fill(pool)
+            self._ends.append(lambda: self.cluster.fill(pool, full=False))
+            return hinder(do)
+
+        return mischief
 
     def name_taken(self) -> Mischief:
         return self._begins(lambda: self.cluster.create_disk(DEST), lambda: self.cluster.remove(DEST))

@@ -178,10 +178,11 @@ def _of_the_servers() -> Iterator[Cause]:
         yield Cause(kind, "vms", errors.NoPermission, lasts=True, suspends=True)
     # Without the right to cut the dead engine's client off nothing of it is touched.
     yield Cause("engine_killed", "unfenced", errors.EngineLost, _BEFORE_PIVOT[2:], lasts=True, bars_undo=True)
-    until_flat = ("connect", "reserve", "snap", "protect", "clone", "flatten")
-    yield Cause("full", "images", errors.NoSpace, until_flat, lasts=True, bars_undo=True, bars_copy=True)
-    yield Cause("full", "vms")
-    until_cloned = until_flat[:-1]
+    # A snapshot in a full pool would have no object map, and could never be read; what exists is written to.
+    yield Cause("full", "images", errors.NoSpace, _BEFORE_PIVOT, lasts=True, bars_undo=True, bars_copy=True)
+    yield Cause("full", "vms", errors.NoSpace, ("connect", "reserve", "snap"), lasts=True, suspends=True)
+    yield Cause("full", "vms", None, ("protect", "clone", "flatten", "release", "seal", "forget"))
+    until_cloned = ("connect", "reserve", "snap", "protect", "clone")
     yield Cause("name_taken", None, errors.AlreadyThere, until_cloned, lasts=True, bars_copy=True)
     yield Cause("snap_taken", None, errors.AlreadyThere, ("connect", "reserve", "snap"), lasts=True)
     yield Cause("seal_taken", None, errors.AlreadyThere, ("flatten", "seal"), lasts=True, bars_undo=True)

@@ -76,8 +76,8 @@ _REAL = {
     "loses_the_reply hang": "*",
     "task_fails": "*",
     "never_active": "*",
-    "full images": "clone.exists flatten.flatten",
-    "full vms": "reserve.has_pool snap.create_snap",
+    "full images": "clone.exists flatten.flatten seal.create_snap",
+    "full vms": "reserve.has_pool snap.create_snap clone.exists seal.create_snap",
     "frozen osds": "connect.connect snap.create_snap flatten.flatten seal.create_snap forget.omap_items",
     "frozen monitor": "connect.connect snap.create_snap seal.create_snap forget.omap_items",
     "frozen manager": "snap.create_snap",
@@ -113,6 +113,9 @@ _QUICK = {
     "is_silent reset": "register.post",
     "loses_the_reply reset": "register.post",
     "task_fails": "register.post",
+    "frozen osds": "connect.connect",
+    "frozen monitor": "snap.create_snap",
+    "killed monitor": "seal.create_snap",
 }
 
 
