@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := build/venv
 
-.PHONY: demo test test-unit bench bench-many style sample lab down
+.PHONY: demo test test-unit fault-report bench bench-many style sample lab down
 
 demo: lab            ## a real snapshot on real servers, side by side with stock Nova's
 	lab/lab exec 31 python3 /src/demo/demo.py
@@ -14,6 +14,10 @@ test:                ## every suite, on real servers; ends with the sum of all
 
 test-unit: $(VENV)/ready   ## seconds, with neither Ceph nor Nova
 	$(VENV)/bin/python -m pytest tests/unit tests/faults
+
+fault-report: lab $(VENV)/ready   ## the whole fault matrix; prints a table and writes build/fault-report.json
+	lab/lab up 34
+	$(PYTHON) tests/fault_report.py
 
 style: $(VENV)/ready
 	$(VENV)/bin/ruff check .

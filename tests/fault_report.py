@@ -2,20 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run the whole fault matrix, on fakes and on real servers, and every point of death; print what came of it.
 
-Each cell of these suites writes what it found to one log (``tests/faults/recording.py``). What began and has no end was
-broken off, and has failed. The figures go to ``build/fault-report.json``; the lab must be up, and used by nobody else.
+Each cell of these suites writes what it found to one log (``tests/faults/recording.py``). One that began and has no end
+was broken off, and has failed. The figures go to ``build/fault-report.json``. The lab must be up, nobody else in it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,64 +24,56 @@ REPORT = REPO / "build" / "fault-report.json"
 VARIABLE = "NOVA_RBD_SNAP_FAULT_LOG"
 LONGEST_SECONDS = 60 * 60
 
+Found = dict[str, Any]
 
-@dataclass
-class Tally:
-    """What cells came to."""
-
-    cells: int = 0
-    real_cells: int = 0
-    kill_points: int = 0
-    leftovers: int = 0
-    longest_wait_seconds: float = 0.0
-    guest_suspensions: int = 0
-    #: Names of those that failed.
-    failed: list[str] = field(default_factory=list)
-
-    @property
-    def passed(self) -> int:
-        return self.cells - len(self.failed)
-
-    def add(self, found: dict[str, Any]) -> None:
-        """Count a cell that has come to its end, or was broken off."""
-        self.cells += 1
-        self.real_cells += found["real"]
-        self.kill_points += found["real"] and found["kill"]
-        self.leftovers += found["leftovers"]
-        self.longest_wait_seconds = max(self.longest_wait_seconds, found["wait_seconds"])
-        self.guest_suspensions += found["guest_suspensions"]
-        if not found["passed"]:
-            self.failed.append(found["cell"])
-
-    def as_figures(self) -> dict[str, Any]:
-        """For ``fault-report.json``."""
-        return {
-            "cells": self.cells,
-            "passed": self.passed,
-            "real_cells": self.real_cells,
-            "kill_points": self.kill_points,
-            "leftovers": self.leftovers,
-            "longest_wait_seconds": round(self.longest_wait_seconds, 1),
-            "guest_suspensions": self.guest_suspensions,
-        }
+#: Heads of the table's columns, with the figures in them.
+COLUMNS = {
+    "cells": "cells",
+    "passed": "passed",
+    "real": "real_cells",
+    "kill points": "kill_points",
+    "leftovers": "leftovers",
+    "longest wait, s": "longest_wait_seconds",
+    "guests suspended": "guest_suspensions",
+}
 
 
-def outcomes(lines: Iterable[str]) -> list[dict[str, Any]]:
-    """The last word of each cell: one that only began, or was cut off as it wrote, has not passed."""
-    ended, open_ = [], Counter()
-    begun: dict[str, dict[str, Any]] = {}
+def outcomes(lines: Iterable[str]) -> list[Found]:
+    """The last word of each cell: of one that was broken off, its beginning, which says that it has not passed."""
+    ended: list[Found] = []
+    begun: dict[str, Found] = {}
+    unended: Counter[str] = Counter()
     for line in lines:
         try:
             found = json.loads(line)
         except ValueError:
-            continue  # its beginning is there
+            continue  # broken off as it was written: what it was about has no end, and so has failed
         if found["passed"] is None:
-            open_[found["cell"]] += 1
             begun[found["cell"]] = found
+            unended[found["cell"]] += 1
         else:
-            open_[found["cell"]] -= 1
             ended.append(found)
-    return ended + [begun[name] for name in open_.elements()]
+            unended[found["cell"]] -= 1
+    return ended + [begun[name] for name in unended.elements()]
+
+
+def figures(found: list[Found]) -> dict[str, Any]:
+    """What cells came to, as in ``fault-report.json``."""
+    return {
+        "cells": len(found),
+        "passed": sum(bool(cell["passed"]) for cell in found),
+        "real_cells": sum(cell["real"] for cell in found),
+        "kill_points": sum(cell["real"] and cell["kill"] for cell in found),
+        "leftovers": sum(cell["leftovers"] for cell in found),
+        "longest_wait_seconds": round(max((cell["wait_seconds"] for cell in found), default=0.0), 1),
+        "guest_suspensions": sum(cell["guest_suspensions"] for cell in found),
+    }
+
+
+def is_good(found: list[Found]) -> bool:
+    """Whether every cell passed, nothing is left, and every guest was let be."""
+    total = figures(found)
+    return total["passed"] == total["cells"] > 0 and not total["leftovers"] and not total["guest_suspensions"]
 
 
 class Suite:
@@ -92,42 +82,20 @@ class Suite:
     def __init__(self, name: str, command: str) -> None:
         self.name = name
         self.command = command
-        self.tally = Tally()
-        self.seconds = 0.0
 
-    def run(self) -> None:
-        """Run it to its end."""
+    def run(self) -> list[Found]:
+        """Run it to its end; returns what its cells came to."""
         CELLS.unlink(missing_ok=True)
-        started = time.monotonic()
-        with (LOGS / f"{self.name}.log").open("w") as log:
+        log = LOGS / f"{self.name.replace(' ', '-')}.log"
+        with log.open("w") as out:
             command = ["timeout", "--kill-after=30", str(LONGEST_SECONDS), "sh", "-c", self.command]
-            code = subprocess.run(command, cwd=REPO, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-        self.seconds = time.monotonic() - started
-        for found in outcomes(CELLS.read_text().splitlines() if CELLS.exists() else []):
-            self.tally.add(found)
-        if not self.tally.cells or (code and not self.tally.failed):
-            # Cells that never began, or something beside them: it may not pass unseen.
-            self.tally.add({**NOTHING, "cell": f"{self.name} ended with code {code}, see {log.name}"})
-        print(self.row(), flush=True)
-
-    def row(self) -> str:
-        """Its line of the table."""
-        return row(self.name, self.tally, self.seconds)
-
-
-#: A cell that did not even begin.
-NOTHING = {
-    "real": False, "kill": False, "passed": False, "leftovers": 0, "wait_seconds": 0.0, "guest_suspensions": 0
-}  # fmt: skip
-
-COLUMNS = ("cells", "passed", "real", "kills", "left", "longest wait", "suspended", "took")
-
-
-def row(name: str, tally: Tally, seconds: float) -> str:
-    figures = tally.as_figures()
-    values = [str(figures[key]) for key in ("cells", "passed", "real_cells", "kill_points", "leftovers")]
-    values += [f"{tally.longest_wait_seconds:.1f} s", str(tally.guest_suspensions), f"{seconds:.0f} s"]
-    return f"{name:<12}" + "".join(f"{value:>{len(column) + 3}}" for value, column in zip(values, COLUMNS))
+            code = subprocess.run(command, cwd=REPO, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
+        found = outcomes(CELLS.read_text().splitlines() if CELLS.exists() else [])
+        if not found or (code and is_good(found)):
+            # There are cells that never began, or something else went wrong: it shall not pass unseen.
+            found.append({**dict.fromkeys(("real", "kill", "leftovers", "wait_seconds", "guest_suspensions"), 0),
+                          "passed": False, "cell": f"{self.name}: ended with code {code}, see {log}"})
+        return found
 
 
 def inside(cloud: str, *arguments: str) -> str:
@@ -145,32 +113,29 @@ SUITES = [
 ]
 
 
+def row(name: str, values: Iterable[Any], took: str) -> str:
+    cells = zip(COLUMNS, values)
+    return f"{name:<14}" + "".join(f"{value!s:>{len(head) + 3}}" for head, value in cells) + f"{took:>10}"
+
+
 def main() -> int:
     started = time.monotonic()
     LOGS.mkdir(parents=True, exist_ok=True)
     REPORT.unlink(missing_ok=True)
-    print(" " * 12 + "".join(f"{column:>{len(column) + 3}}" for column in COLUMNS), flush=True)
+    print(row("", COLUMNS, "took"), flush=True)
+    found: list[Found] = []
     for suite in SUITES:
-        suite.run()
-    total = Tally()
-    for suite in SUITES:
-        part = suite.tally
-        total = Tally(
-            total.cells + part.cells,
-            total.real_cells + part.real_cells,
-            total.kill_points + part.kill_points,
-            total.leftovers + part.leftovers,
-            max(total.longest_wait_seconds, part.longest_wait_seconds),
-            total.guest_suspensions + part.guest_suspensions,
-            total.failed + part.failed,
-        )
-    print(row("all", total, time.monotonic() - started))
-    for name in total.failed:
-        print(f"failed: {name}")
-    REPORT.write_text(json.dumps(total.as_figures(), indent=2) + "\n")
-    return int(bool(total.failed or total.leftovers or total.guest_suspensions))
+        began = time.monotonic()
+        part = suite.run()
+        print(row(suite.name, figures(part).values(), f"{time.monotonic() - began:.0f} s"), flush=True)
+        found += part
+    print(row("all", figures(found).values(), f"{time.monotonic() - started:.0f} s"))
+    for cell in found:
+        if not cell["passed"]:
+            print(f"failed: {cell['cell']}")
+    REPORT.write_text(json.dumps(figures(found), indent=2) + "\n")
+    return 0 if is_good(found) else 1
 
 
 if __name__ == "__main__":
-    os.umask(0o022)
     sys.exit(main())

@@ -125,8 +125,15 @@ class Guests:
         self._events: list[tuple[str, int]] = []
         libvirt.virEventRegisterDefaultImpl()
         threading.Thread(target=self._loop, daemon=True).start()
-        self.connection = libvirt.openReadOnly("qemu:///system")
-        self.connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_event, None)
+        self._open: Any = None
+
+    @property
+    def connection(self) -> Any:
+        """To libvirtd, made anew where that was restarted."""
+        if self._open is None or not self._open.isAlive():
+            self._open = libvirt.openReadOnly("qemu:///system")
+            self._open.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_event, None)
+        return self._open
 
     @staticmethod
     def _loop() -> None:
@@ -138,6 +145,7 @@ class Guests:
 
     def interruptions(self, server_id: str) -> int:
         """How often the guest was suspended or stopped so far."""
+        assert self.connection
         return sum(guest == server_id and event in self._INTERRUPTED for guest, event in list(self._events))
 
     def state(self, server_id: str) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fault matrix: what may go wrong with a snapshot, and what is promised then; ``matrix.py`` is what to read first."""
+"""The fault matrix: what may go wrong with a snapshot, and what is promised then. Read ``matrix.py`` first."""
 
 import pytest
 

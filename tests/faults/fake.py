@@ -146,7 +146,7 @@ class FakeWorld(world.World):
         self._may_fence = True
         self._hindrances: list[Hindrance] = []
 
-    # -- nova-compute ------------------------------------------------------------------------------------------------
+    # -- nova-compute --------------------------------------------------------------------------------------------------
 
     def connect(self) -> Hindered:
         made = self.cluster.another()
@@ -197,7 +197,7 @@ class FakeWorld(world.World):
         if self.deletes_records:
             self.service.request(f"/v2/images/{DEST.name}", "DELETE", raise_exc=False)
 
-    # -- what became of it -------------------------------------------------------------------------------------------
+    # -- what became of it ---------------------------------------------------------------------------------------------
 
     def surroundings(self) -> dict[str, Any]:
         found: dict[str, Any] = {"guest": self.guest.state(), "files": set(self._files)}
@@ -226,7 +226,7 @@ class FakeWorld(world.World):
         self.guest.over.set()
         super().heal()
 
-    # -- mischief: the cluster ---------------------------------------------------------------------------------------
+    # -- mischief: the cluster -----------------------------------------------------------------------------------------
 
     def _hinder(self, hindrance: Hindrance) -> Mischief:
         return self._begins(
@@ -334,7 +334,7 @@ class FakeWorld(world.World):
 
         return mischief
 
-    # -- mischief: the guest -----------------------------------------------------------------------------------------
+    # -- mischief: the guest -------------------------------------------------------------------------------------------
 
     def guest_refuses(self, what: str = "") -> Mischief:
         self.guest.required = what == "required"
@@ -362,7 +362,7 @@ class FakeWorld(world.World):
 
         return mischief
 
-    # -- mischief: Glance --------------------------------------------------------------------------------------------
+    # -- mischief: Glance ----------------------------------------------------------------------------------------------
 
     def answers_once(self, status: int) -> Mischief:
         return lambda do: Answer(status, reason="injected")

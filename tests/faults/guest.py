@@ -12,13 +12,14 @@ import sys
 import threading
 import types
 import uuid
-from typing import Any, Callable, Optional
+from typing import Any
 from unittest import mock
 
 import oslo_log.log  # noqa: F401  # lest it is imported anew below
 
 from tests.faults.sabotage import Saboteur
 from tests.waiting import eventually
+
 
 def guest_module() -> Any:
     """``nova_rbd_snap.openstack.guest``, with Nova or without."""
@@ -61,13 +62,13 @@ class FakeGuest:
         self._host = self._domain = self
 
     def state(self) -> str:
-        """What is to be as before, once it has been let go. A freeze outlives nova-compute: nobody else could end it."""
+        """What is to be as before, once it is let go. A freeze outlives nova-compute: nobody else could end it."""
         if self._nova.is_alive:
             with contextlib.suppress(AssertionError):
                 eventually(lambda: not self.frozen, "the guest is let go", seconds=5, pause=0.01)
         return f"suspended {self.suspended}, frozen {self.frozen and self._nova.is_alive}"
 
-    # -- mischief ----------------------------------------------------------------------------------------------------
+    # -- mischief ------------------------------------------------------------------------------------------------------
 
     def refuse(self) -> None:
         raise self._nova_exception("injected")
@@ -96,7 +97,7 @@ class FakeGuest:
             if not frozen:
                 self.thawed.set()
 
-    # -- libvirt's domain ------------------------------------------------------------------------------------------------
+    # -- libvirt's domain ----------------------------------------------------------------------------------------------
 
     def get_power_state(self, host: Any) -> int:
         return self._is_on
@@ -104,11 +105,11 @@ class FakeGuest:
     def get_block_device(self, device: str) -> FakeGuest:
         return self
 
-    def blockStats(self) -> None:  # noqa: N802
+    def blockStats(self) -> None:
         self._saboteur.around("answer", lambda: None, "quiesce")
 
     def get_xml_desc(self) -> str:
         return "<domain><devices><disk><target dev='vda'/></disk></devices></domain>"
 
-    def agentSetResponseTimeout(self, seconds: int) -> None:  # noqa: N802
+    def agentSetResponseTimeout(self, seconds: int) -> None:
         """An agent that hangs does so whatever libvirt is told."""

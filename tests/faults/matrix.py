@@ -25,7 +25,7 @@ class Outcome(enum.Enum):
     UNHEARD = "nothing had been done when all died; only the image record is left, as it is with Nova alone"
 
 
-# -- where ------------------------------------------------------------------------------------------------------------
+# -- where -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ AFTER_CLONE = ("flatten", "release", "seal", *GLANCE)
 AFTER_PIVOT = ("forget",)
 
 
-# -- what -------------------------------------------------------------------------------------------------------------
+# -- what --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,11 @@ class Cause:
     :ivar error: what the clone way fails with; None if it does not.
     :ivar steps: where it is tried.
     :ivar calls: where within them; None for the first call of each.
-    :ivar lasts: what it hinders is undone by :meth:`Engine.reclaim` once it is over.
-    :ivar bars_undo: among that is the removal of the clone.
+    :ivar lasts: longer than the request: what it keeps from being undone is in the ledger, and goes once it is over.
+    :ivar bars_undo: it keeps the clone from being removed, which is then in the way of a full copy.
     :ivar bars_copy: a full copy meets it as well.
     :ivar suspends: nor can the disk be frozen for a full copy, so that Nova suspends the guest meanwhile.
-    :ivar dead: nova-compute is, too: the next one sees to it all.
+    :ivar dead: nova-compute is: its engine, or that of the next one, sees to what is left.
     :ivar formats: of clones.
     :ivar only_real: on fakes it means nothing.
     """
@@ -122,6 +122,11 @@ class Cause:
     def __str__(self) -> str:
         what = getattr(self.what, "__name__", self.what)
         return self.kind if what is None else f"{self.kind} {what}"
+
+    @property
+    def kills(self) -> bool:
+        """Whether a process of ours dies."""
+        return self.kind.endswith("_killed")
 
     def meets(self, place: Place) -> bool:
         if place.step not in self.steps:
@@ -166,7 +171,7 @@ def _of_the_cluster() -> Iterator[Cause]:
 
 def _of_the_servers() -> Iterator[Cause]:
     """What happens to the cluster, or in it, as a step begins."""
-    # Snapshots alone need the monitor, and a frozen disk still has one to be removed.
+    # The monitor is needed to connect, and for snapshots: one is still made, and one removed, in the seal.
     yield Cause("frozen", "osds", errors.Unreachable, lasts=True)
     yield Cause("frozen", "monitor", errors.Unreachable, lasts=True)
     yield Cause("frozen", "manager")
@@ -194,6 +199,7 @@ def _of_the_servers() -> Iterator[Cause]:
 
 
 def _of_the_processes() -> Iterator[Cause]:
+    """``kill -9`` of the engine, of nova-compute and of both, before a call and after it."""
     for when in ("before", "after"):
         yield Cause("engine_killed", when, errors.EngineLost, calls=_all(ENGINE))
         yield Cause("both_killed", when, steps=tuple(STEPS), calls=_all(STEPS), dead=True)
@@ -204,6 +210,7 @@ def _of_the_processes() -> Iterator[Cause]:
 
 
 def _of_the_guest() -> Iterator[Cause]:
+    """Where the image does not require that the guest be held still, a snapshot is better than none."""
     ask = frozenset({"answer"})
     for kind in ("guest_refuses", "guest_hangs"):
         yield Cause(kind, None, errors.GuestSilent, ("quiesce",), ask)
@@ -216,6 +223,7 @@ def _of_the_guest() -> Iterator[Cause]:
 
 
 def _of_glance() -> Iterator[Cause]:
+    """What every request of a step meets, or one."""
     for status, error in STATUSES.items():
         yield Cause("answers", status, error, ("metadata", "register"))
         yield Cause("answers", status, errors.InDoubt, ("wait",), lasts=True)
@@ -242,7 +250,7 @@ CAUSES = [
 ]  # fmt: skip
 
 
-# -- what is promised ---------------------------------------------------------------------------------------------------
+# -- what is promised --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -278,79 +286,72 @@ class Cell:
 
     @property
     def promise(self) -> Promise:
-        cause, step = self.cause, self.place.step
-        for exception in EXCEPTIONS:
-            if exception.is_about(self):
-                return exception.promise
-        if cause.dead:
-            given = step in ("wait", *AFTER_PIVOT) or (step == "register" and cause.what == "after")
-            return Promise(Outcome.FORWARD if given else Outcome.ENDS, None)
-        if step in AFTER_PIVOT or cause.error is None:
+        """The rules."""
+        for exemption in EXEMPTIONS:
+            if exemption.is_for(self):
+                return exemption.promise
+        if self.cause.dead:
+            return Promise(self._outcome_of_death, None)
+        error = self.cause.error
+        if self.is_late or error is None:
             return Promise(Outcome.FORWARD, None)
-        if cause.error is errors.InDoubt:
-            return Promise(Outcome.KEPT, cause.error)
-        in_the_way = cause.bars_undo and step in AFTER_CLONE
-        if not cause.error.may_fall_back or cause.bars_copy or in_the_way:
-            return Promise(Outcome.ENDS, cause.error)
-        return Promise(Outcome.BACK, cause.error)
+        if error is errors.InDoubt:
+            return Promise(Outcome.KEPT, error)
+        in_the_way = self.cause.bars_undo and self.place.step in AFTER_CLONE
+        if not error.may_fall_back or self.cause.bars_copy or in_the_way:
+            return Promise(Outcome.ENDS, error)
+        return Promise(Outcome.BACK, error)
+
+    @property
+    def _outcome_of_death(self) -> Outcome:
+        """Whose nova-compute is dead is copied by nobody."""
+        step, made = self.place.step, self.cause.what != "before"
+        if step == "connect" or (step == "reserve" and not (made and self.place.call == "omap_replace")):
+            return Outcome.UNHEARD
+        if self.is_late or step == "wait" or (step == "register" and made):
+            return Outcome.FORWARD
+        return Outcome.ENDS
 
 
 @dataclass(frozen=True)
-class Exception_:
+class Exemption:
     """Cells to which the rules do not apply, and why."""
 
     why: str
+    cause: str
+    places: tuple[str, ...]
     promise: Promise
-    places: frozenset[str]
-    causes: frozenset[str]
 
-    def is_about(self, cell: Cell) -> bool:
-        return str(cell.place) in self.places and str(cell.cause) in self.causes
+    def is_for(self, cell: Cell) -> bool:
+        return str(cell.cause) == self.cause and str(cell.place) in self.places
 
 
-EXCEPTIONS = [
-    Exception_(
+EXEMPTIONS = (
+    Exemption(
         "a mere question is asked anew on a new connection",
+        "raises Blocklisted",
+        ("connect.connect", "connect.fsid", "connect.lookup"),
         Promise(Outcome.FORWARD, None),
-        frozenset({"connect.connect", "connect.fsid", "connect.lookup"}),
-        frozenset({"raises Blocklisted"}),
     ),
-    Exception_(
+    Exemption(
         "the disk's base image may have been deleted; then another image tells the data pool",
+        "raises Missing",
+        ("reserve.lookup.2",),
         Promise(Outcome.FORWARD, None),
-        frozenset({"reserve.lookup.2"}),
-        frozenset({"raises Missing"}),
     ),
-    Exception_(
-        "not found, says a removal, and yet it is there",
+    Exemption(
+        "a removal says that there is nothing, and yet there is",
+        "raises Missing",
+        ("release.unprotect_snap", "release.remove_snap_by_id"),
         Promise(Outcome.BACK, errors.CephError),
-        frozenset({"release.unprotect_snap", "release.remove_snap_by_id"}),
-        frozenset({"raises Missing"}),
     ),
-    Exception_(
-        "it was deleted as an active image, with its data",
+    Exemption(
+        "the image was active when it was deleted, with its data",
+        "record_deleted",
+        ("forget.omap_items",),
         Promise(Outcome.ENDS, None),
-        frozenset({"forget.omap_items"}),
-        frozenset({"record_deleted"}),
     ),
-    Exception_(
-        "nobody knows of a request before its first record",
-        Promise(Outcome.UNHEARD, None),
-        frozenset(
-            f"{step}.{call}{nth}"
-            for step in ("connect", "reserve")
-            for call in STEPS[step].asks
-            for nth in ("", ".2")
-        ),
-        frozenset({"both_killed before", "both_killed after", "compute_killed meanwhile"}),
-    ),
-    Exception_(
-        "nobody knows of a request before its first record",
-        Promise(Outcome.UNHEARD, None),
-        frozenset({"reserve.omap_replace"}),
-        frozenset({"both_killed before"}),
-    ),
-]
+)
 
 
 def cells(trace: Iterable[Place], **variant: Any) -> Iterator[Cell]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A world of real servers: what of :mod:`tests.faults.matrix` those can be made to do. There is no Nova, and no guest."""
+"""A world of real servers, and what of :mod:`tests.faults.matrix` they can be made to do. No Nova, no guest."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class RealWorld(world.World):
             self._servers.remove_whole(pool, name)
         self._servers.forget_jobs(self.image_id, copy_id(self.image_id))
 
-    # -- nova-compute ------------------------------------------------------------------------------------------------
+    # -- nova-compute --------------------------------------------------------------------------------------------------
 
     def connect(self) -> LibrbdCluster:
         return self._servers.connect(self._settings)
@@ -113,7 +113,7 @@ class RealWorld(world.World):
         if self.deletes_records:
             self._servers.delete_image(self.image_id)
 
-    # -- what became of it -------------------------------------------------------------------------------------------
+    # -- what became of it ---------------------------------------------------------------------------------------------
 
     def surroundings(self) -> dict[str, Any]:
         found = self._servers.picture()
@@ -153,13 +153,13 @@ class RealWorld(world.World):
         location = Location(self._servers.cluster.fsid(), self._image.snap(GLANCE_SNAP))
         assert location.url in (self._servers.service.record(self.image_id).urls or ())
 
-    # -- what happens in it ------------------------------------------------------------------------------------------
+    # -- what happens in it --------------------------------------------------------------------------------------------
 
     def arrive(self) -> None:
         super().arrive()
         eventually(lambda: self.status() == "active", "the image is active")
 
-    # -- mischief: the cluster ---------------------------------------------------------------------------------------
+    # -- mischief: the cluster -----------------------------------------------------------------------------------------
 
     def frozen(self, daemons: str) -> Mischief:
         names = _DAEMONS[daemons]
@@ -290,7 +290,7 @@ class RealWorld(world.World):
     def _ioctx(self, pool: str) -> Any:
         return self._servers.ioctx[self._pool(pool)]
 
-    # -- mischief: Glance --------------------------------------------------------------------------------------------
+    # -- mischief: Glance ----------------------------------------------------------------------------------------------
 
     def answers_once(self, status: int) -> Mischief:
         return lambda do: self._through_proxy(do, status=status)

@@ -7,6 +7,7 @@ The engine's client, the ways, and the registration are the real ones.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from typing import Any, Callable, Optional
@@ -215,10 +216,8 @@ class Request:
                 self._thaw(job_id)
 
     def _thaw(self, job_id: str) -> None:
-        try:
+        with contextlib.suppress(errors.SnapError):  # what stays is in the ledger; the copy's own outcome counts
             self._compute.rollback(job_id)
-        except errors.SnapError:
-            pass  # what stays is in the ledger, and the copy's own outcome counts
 
 
 def unheard(step: str, done: int, total: int) -> None:

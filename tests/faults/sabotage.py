@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Let something go wrong at one place of a request, whether the servers are fakes or real.
 
-A :class:`Saboteur` sits on everything the request calls: the engine's connections to the cluster, the adapter to Glance,
-and the guest. It knows which step is under way, keeps a trace, and at one place does a cell's mischief.
+A :class:`Saboteur` sits on all that a request calls: the engine's connections to the cluster, the adapter to Glance,
+and the guest. It knows which step is under way, keeps a trace, and does a cell's mischief at the cell's place.
 """
 
 from __future__ import annotations

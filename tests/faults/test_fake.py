@@ -17,7 +17,7 @@ from tests.faults.outcome import check
 def test_cell(cell: Cell, arrives: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.hurry(monkeypatch, selection.GUEST_MODULE, cell)
     world = FakeWorld(selection.GUEST_MODULE, **cell.variant)
-    with recording.cell(f"fake {cell}", kill="killed" in cell.cause.kind) as found:
+    with recording.cell(f"fake {cell}{', arrives' if arrives else ''}", kill=cell.cause.kills) as found:
         try:
             check(world, cell, found, arrives=arrives)
         finally:

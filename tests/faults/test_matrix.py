@@ -13,7 +13,7 @@ from nova_rbd_snap.ledger.job import CLONE
 from nova_rbd_snap.snapshot import steps
 from tests.faults import fake, selection
 from tests.faults.fake import FakeWorld
-from tests.faults.matrix import ANSWERS, CAUSES, ENGINE, EXCEPTIONS, GLANCE, STEPS, Outcome
+from tests.faults.matrix import ANSWERS, CAUSES, ENGINE, EXEMPTIONS, GLANCE, STEPS, Outcome
 
 VARIANTS: tuple[dict[str, Any], ...] = ({}, {"clone_format": 1}, {"old_glance": True}, {"flat_disk": True})
 
@@ -51,20 +51,20 @@ def test_every_error_of_glance() -> None:
     assert tree(errors.GlanceError) - {errors.GlanceError} <= {cause.error for cause in CAUSES}
 
 
-def test_every_cause_and_every_exception_is_met() -> None:
+def test_every_cause_and_every_exemption_is_met() -> None:
     """None of the description says nothing."""
     real = selection.real_cells()
     for cause in CAUSES:
         assert any(cell.cause == cause for cell in [*selection.FAKE, *real]), cause
-    for exception in EXCEPTIONS:
-        assert any(exception.is_about(cell) for cell in selection.FAKE), exception
+    for exemption in EXEMPTIONS:
+        assert any(exemption.is_for(cell) for cell in selection.FAKE), exemption
     for name in selection.names():
         assert any(str(cell.cause) == name for cell in real), name
 
 
 def test_every_step_meets_its_causes() -> None:
-    """Each call of the engine meets each error, a lost answer where it changes something, and the end of processes; each
-    request of Glance every status and silence."""
+    """Each call of the engine meets errors, the end of processes and, where it changes something, the loss of its
+    answer; each request of Glance meets refusals and silence."""
     kinds = defaultdict(set)
     for cell in selection.FAKE:
         kinds[cell.place.step, cell.place.call].add(cell.cause.kind)

@@ -32,7 +32,7 @@ class World(abc.ABC):
         #: A request to Glance that was lost.
         self._late: Optional[Callable[[], Any]] = None
 
-    # -- as a world is -----------------------------------------------------------------------------------------------
+    # -- as a world is -------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def connect(self) -> Any:
@@ -66,7 +66,7 @@ class World(abc.ABC):
     def assert_whole(self) -> None:
         """The image's data are the disk's at the instant of the snapshot, in the form Glance wants."""
 
-    # -- what happens in it ------------------------------------------------------------------------------------------
+    # -- what happens in it --------------------------------------------------------------------------------------------
 
     def prepare(self, cell: Cell) -> None:
         """Let the cell's cause happen at its place."""
@@ -86,7 +86,7 @@ class World(abc.ABC):
             self._late()
 
     def reclaim(self) -> None:
-        """Earlier work is looked after: by the engine that there is, or, after a death, by those that there are then."""
+        """Earlier work is looked after: by the engine that there is, or, after a death, by what there is then."""
         if self.compute.is_alive:
             self.compute.engine().reclaim()
             return
@@ -103,7 +103,7 @@ class World(abc.ABC):
 
         return mischief
 
-    # -- mischief that is the same everywhere ------------------------------------------------------------------------
+    # -- mischief that is the same everywhere --------------------------------------------------------------------------
 
     @staticmethod
     def raises(error: type[Exception]) -> Mischief:

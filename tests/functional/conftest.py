@@ -22,7 +22,7 @@ from tests.functional.world import World
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: of the fault matrix, what tells most in the least time")
     config.addinivalue_line("markers", "slow: the whole fault matrix")
-    config.addinivalue_line("markers", "disturbs: stops daemons or fills pools, so that nobody else may use the cluster")
+    config.addinivalue_line("markers", "disturbs: stops daemons or fills pools: the cluster must be its own")
 
 
 @pytest.fixture(scope="session")

@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
+from nova_rbd_snap import errors
 from tests.faults import real, recording, selection
 from tests.faults.matrix import Cell
 from tests.faults.outcome import check
 from tests.faults.real import RealWorld
 from tests.functional.world import World
 
-#: What is promised of a request to a cluster that does not answer (``docs/design/engine.rst``): so long without progress,
-#: and as long again for what it undoes.
+#: What is promised of a request to a cluster that does not answer (``docs/design/engine.rst``): so long without
+#: progress, and as long again for what it undoes.
 PROMISED_SECONDS = 2 * max(5 * real.SHORT_SECONDS, 90)
 
 
@@ -33,7 +34,8 @@ def parameters() -> Iterator[Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("cell", "arrives"), list(parameters()))
 def test_cell(world: World, cell: Cell, arrives: bool) -> None:
-    with recording.cell(f"real {cell}", real=True, kill="killed" in cell.cause.kind) as found:
+    name = f"real {cell}{', arrives' if arrives else ''}"
+    with recording.cell(name, real=True, kill=cell.cause.kills) as found:
         place = RealWorld(world, cell)
         try:
             check(place, cell, found, arrives=arrives)
@@ -41,3 +43,12 @@ def test_cell(world: World, cell: Cell, arrives: bool) -> None:
             place.remove()
         if cell.cause.kind == "frozen":
             assert found.wait_seconds < 2 * PROMISED_SECONDS
+
+
+def test_glance_is_not_there(world: World, disk: str, image_id: str) -> None:
+    """Nothing listens at its address: the clone is undone."""
+    before, engine = world.picture(), world.engine()
+    url = world.clone(engine, disk, image_id)
+    with pytest.raises(errors.GlanceSilent):
+        world.register(engine, world.tenant_through("http://127.0.0.1:1"), image_id, url)
+    assert world.picture() == before

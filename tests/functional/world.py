@@ -160,12 +160,11 @@ class World:
 
     def remove_whole(self, pool: str, name: str) -> None:
         """Remove an rbd image with its snapshots, whatever is left of it."""
-        with contextlib.suppress(rbd.Error):
-            with rbd.Image(self.ioctx[pool], name) as image:
-                for snap in list(image.list_snaps()):
-                    if snap["namespace"] == rbd.RBD_SNAP_NAMESPACE_TYPE_USER and image.is_protected_snap(snap["name"]):
-                        image.unprotect_snap(snap["name"])
-                    image.remove_snap_by_id(snap["id"])
+        with contextlib.suppress(rbd.Error), rbd.Image(self.ioctx[pool], name) as image:
+            for snap in list(image.list_snaps()):
+                if snap["namespace"] == rbd.RBD_SNAP_NAMESPACE_TYPE_USER and image.is_protected_snap(snap["name"]):
+                    image.unprotect_snap(snap["name"])
+                image.remove_snap_by_id(snap["id"])
         with contextlib.suppress(rbd.Error):
             rbd.RBD().remove(self.ioctx[pool], name)
 
