@@ -177,7 +177,7 @@ def _of_the_servers() -> Iterator[Cause]:
     yield Cause("frozen", "manager")
     for daemons in ("osds", "monitor", "manager"):
         yield Cause("killed", daemons, only_real=True)
-    yield Cause("blocklisted", None, errors.Blocklisted, tuple(ENGINE)[1:], lasts=True)
+    yield Cause("blocklisted", None, errors.Blocklisted, tuple(ENGINE)[1:])
     for kind in ("denied", "denied_writes"):
         yield Cause(kind, "images", errors.NoPermission, _BEFORE_PIVOT, lasts=True, bars_undo=True)
         yield Cause(kind, "vms", errors.NoPermission, lasts=True, suspends=True)
