@@ -249,11 +249,12 @@ class EngineClient:
 
     @contextlib.contextmanager
     def _leaving(self, job_id: str) -> Iterator[None]:
-        """A call after which the job is the engines', however it ends."""
-        try:
-            yield
-        finally:
-            self._held.discard(job_id)
+        """A call after which the job is the engines', however it ends.
+
+        Said before it: an engine that is started once this one has died over it shall not wait for us.
+        """
+        self._held.discard(job_id)
+        yield
 
     def keep_running(self) -> None:
         """See that there is an engine, for the rest of this process's life: it has work that nobody calls for."""
