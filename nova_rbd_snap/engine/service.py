@@ -275,8 +275,9 @@ class Engine:
         with self._at_work(job_id), self._connection() as cluster:
             ledger = self._ledger(cluster)
             theirs = ledger.load(job_id)
+            job = self._take_over(theirs, cluster)
             try:
-                jobs.conclude(self._take_over(theirs, cluster), ledger, self._run(cluster), self._images)
+                jobs.conclude(job, ledger, self._run(cluster), self._images)
             except errors.SnapError:
                 # Its own nova-compute, where there is one, goes on trying.
                 with contextlib.suppress(errors.SnapError):
