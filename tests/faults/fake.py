@@ -276,19 +276,23 @@ class FakeWorld(world.World):
         for connection in self.cluster._state.connections:
             connection.may_fence = True
 
-    def full(self, pool: str) -> Mischief:
+    def full(self, *pools: str) -> Mischief:
         def hindrance(call: str, arguments: Sequence[Any]) -> None:
-            if call == "create_snap" and images_in(arguments)[0].pool == pool:
-                raise errors.NoSpace(f"pool {pool} is full")
+            if call == "create_snap" and images_in(arguments)[0].pool in pools:
+                raise errors.NoSpace(f"pools {pools} are full")
 
         hinder = self._hinder(hindrance)
 
         def mischief(do: Callable[[], Any]) -> Any:
-            self.cluster.fill(pool)
-            self._ends.append(lambda: self.cluster.fill(pool, full=False))
+            for pool in pools:
+                self.cluster.fill(pool)
+                self._ends.append(functools.partial(self.cluster.fill, pool, full=False))
             return hinder(do)
 
         return mischief
+
+    def full_cluster(self) -> Mischief:
+        return self.full("vms", "images")
 
     def name_taken(self) -> Mischief:
         return self._begins(lambda: self.cluster.create_disk(DEST), lambda: self.cluster.remove(DEST))

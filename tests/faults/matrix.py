@@ -187,6 +187,8 @@ def _of_the_servers() -> Iterator[Cause]:
     yield Cause("full", "images", errors.NoSpace, _BEFORE_PIVOT, lasts=True, bars_undo=True, bars_copy=True)
     yield Cause("full", "vms", errors.NoSpace, ("connect", "reserve", "snap"), lasts=True, suspends=True)
     yield Cause("full", "vms", None, ("protect", "clone", "flatten", "release", "seal", "forget"))
+    for_all = {"lasts": True, "bars_undo": True, "bars_copy": True, "suspends": True}
+    yield Cause("full_cluster", None, errors.NoSpace, _BEFORE_PIVOT, **for_all)
     until_cloned = ("connect", "reserve", "snap", "protect", "clone")
     yield Cause("name_taken", None, errors.AlreadyThere, until_cloned, lasts=True, bars_copy=True)
     yield Cause("snap_taken", None, errors.AlreadyThere, ("connect", "reserve", "snap"), lasts=True)

@@ -35,7 +35,7 @@ def check(world: World, cell: Cell, found: recording.Cell, *, arrives: bool = Fa
     finally:
         found.wait_seconds = time.monotonic() - began
     assert world.saboteur.struck
-    assert world.suspensions == (cause.suspends and outcome is Outcome.BACK)
+    assert world.suspensions == (cause.suspends and request.was_copied)
 
     if outcome is Outcome.KEPT:
         kept = _left(before, world)

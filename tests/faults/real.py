@@ -20,7 +20,7 @@ from tests.faults import world
 from tests.faults.matrix import Cell
 from tests.faults.request import Request, unheard
 from tests.faults.sabotage import Adapter, Mischief
-from tests.functional.world import HURRIED_SECONDS, MIB, TIMEOUT_SECONDS, World
+from tests.functional.world import HURRIED_SECONDS, MIB, TIMEOUT_SECONDS, USUAL_FULL_RATIO, World
 from tests.waiting import eventually
 
 _DISK_BYTES = 16 * MIB
@@ -236,6 +236,11 @@ class RealWorld(world.World):
     def full(self, pool: str) -> Mischief:
         name = self._pool(pool)
         return self._begins(lambda: self._servers.set_quota(name, 1), lambda: self._servers.set_quota(name, 0))
+
+    def full_cluster(self) -> Mischief:
+        return self._begins(
+            lambda: self._servers.set_full_ratio(1e-6), lambda: self._servers.set_full_ratio(USUAL_FULL_RATIO)
+        )
 
     def _pool(self, name: str) -> str:
         return {"vms": self._servers.vms, "images": self._servers.images}[name]

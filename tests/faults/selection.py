@@ -78,6 +78,7 @@ _REAL = {
     "never_active": "*",
     "full images": "clone.exists flatten.flatten seal.create_snap",
     "full vms": "reserve.has_pool snap.create_snap clone.exists seal.create_snap",
+    "full_cluster": "connect.connect snap.create_snap clone.exists flatten.flatten seal.create_snap",
     "frozen osds": "connect.connect snap.create_snap flatten.flatten seal.create_snap forget.omap_items",
     "frozen monitor": "connect.connect snap.create_snap seal.create_snap forget.omap_items",
     "frozen manager": "snap.create_snap",
@@ -93,7 +94,7 @@ _ONLY_FORMAT_1 = ("protect_snap", "unprotect_snap")
 _REAL_FORMAT_1 = ("loses_the_answer Unreachable", "engine_killed after", "both_killed after")
 
 #: Whose cells stop or hinder the servers for everybody.
-_DISTURBING = ("full", "frozen", "killed")
+_DISTURBING = ("full", "full_cluster", "frozen", "killed")
 
 #: A slice that tells most in the least time.
 _QUICK = {

@@ -34,6 +34,8 @@ DISK_BYTES = 64 * MIB
 TIMEOUT_SECONDS = 20
 #: Of a Glance that will not answer.
 HURRIED_SECONDS = 3
+#: What Ceph has where nobody says otherwise.
+USUAL_FULL_RATIO = 0.95
 PROXY_PORT = 9394
 
 
@@ -193,12 +195,18 @@ class World:
     def set_quota(self, pool: str, objects: int) -> None:
         """Let *pool* be full with so many objects, 0 for no limit; returns once it is, or is no more."""
         self.tell_monitor("osd pool set-quota", pool=pool, field="max_objects", val=str(objects))
+        eventually(lambda: (pool in self._full_pools()) == bool(objects), f"pool {pool} notices its quota")
 
-        def is_full() -> bool:
-            pools = self.tell_monitor("osd dump")["pools"]
-            return any(found["pool_name"] == pool and "full" in found["flags_names"].split(",") for found in pools)
+    def set_full_ratio(self, ratio: float) -> None:
+        """Let OSDs be full of which so much is used; returns once the pools are, or are no more."""
+        self.tell_monitor("osd set-full-ratio", ratio=ratio)
+        pools = {self.vms, self.images}
+        full = pools if ratio < USUAL_FULL_RATIO else set()
+        eventually(lambda: self._full_pools() & pools == full, "the pools notice how full the OSDs are")
 
-        eventually(lambda: is_full() == bool(objects), f"pool {pool} notices its quota")
+    def _full_pools(self) -> set[str]:
+        pools = self.tell_monitor("osd dump")["pools"]
+        return {found["pool_name"] for found in pools if "full" in found["flags_names"].split(",")}
 
     # -- what became of it ---------------------------------------------------------------------------------------
 
