@@ -14,6 +14,7 @@
     │   ├── Busy            in use: a watcher, a child, a lock
     │   │   └── HasSnapshots
     │   ├── NoPermission    cephx denied it
+    │   │   └── MayNotFence a dead engine's client cannot be cut off
     │   ├── NoSpace         pool or cluster full
     │   ├── NotSupported    librbd, the image's features or the cluster cannot do it
     │   └── Unreachable     no answer in time; whether it happened is unknown
@@ -112,9 +113,13 @@ class Missing(CephError):
 class AlreadyThere(CephError):
     """The thing to be made exists already, and this call did not make it."""
 
+    remedy = "'nova-rbd-snap sweep --dry-run' tells whether it is a leftover"
+
 
 class Busy(CephError):
     """In use: somebody watches it, is a child of it, or holds its lock."""
+
+    remedy = "'rbd status' tells who has it open, 'rbd children --all' what depends on its snapshots"
 
 
 class HasSnapshots(Busy):
@@ -125,6 +130,12 @@ class NoPermission(CephError):
     """cephx denied the call."""
 
     remedy = "give nova-compute's Ceph user 'profile rbd' on this pool, see 'Ceph users' in the README"
+
+
+class MayNotFence(NoPermission):
+    """cephx denied to blocklist a client, so what that works on is left alone."""
+
+    remedy = "give nova-compute's Ceph user mon 'profile rbd', see 'Ceph users' in the README"
 
 
 class NoSpace(CephError):
@@ -209,6 +220,7 @@ class NotAuthorized(GlanceError):
 class GlanceSilent(GlanceError):
     """Glance did not answer in time, so it would not take an upload either."""
 
+    remedy = "look at Glance's own log, and at its endpoint"
     may_fall_back = False
 
 
@@ -230,6 +242,7 @@ class NotQueued(GlanceError):
 class InDoubt(GlanceError):
     """Glance may or may not have taken the location. The data is kept and the job stays in the ledger."""
 
+    remedy = "none is needed: it is settled once Glance tells; 'nova-rbd-snap job list' shows it until then"
     may_fall_back = False
 
 

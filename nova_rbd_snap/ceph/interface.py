@@ -17,9 +17,6 @@ from nova_rbd_snap.specs import ImageSpec, SnapSpec, client_address
 #: Called with bytes done and bytes in all; False asks to stop.
 OnProgress = Callable[[int, int], bool]
 
-#: What a user who may not :meth:`Cluster.fence` lacks, for the message.
-CAPS_TO_FENCE = "the user needs mon 'profile rbd' for it"
-
 
 def one_client(address: str) -> str:
     """*address* as the blocklist takes it.
@@ -85,7 +82,7 @@ class Cluster(Protocol):
         itself: look before you trust. Implements ``ceph osd blocklist add``.
 
         :raises Refused: *address* is no single client's: blocklisting it would cut off every guest of a host.
-        :raises NoPermission: the user lacks mon ``profile rbd``.
+        :raises MayNotFence: the user lacks mon ``profile rbd``.
         """
 
     def has_pool(self, pool: str) -> bool:

@@ -18,7 +18,7 @@ import rbd
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph import translate
-from nova_rbd_snap.ceph.interface import CAPS_TO_FENCE, ImageInfo, OnProgress, SnapInfo, one_client
+from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo, one_client
 from nova_rbd_snap.specs import ImageSpec, SnapSpec, client_address
 
 _OMAP_PAGE = 1000
@@ -117,7 +117,7 @@ class LibrbdCluster:
                 # What follows carries the new map, so no OSD serves it before it has heard.
                 self._rados.wait_for_latest_osdmap()
         except errors.NoPermission as error:
-            raise errors.NoPermission(f"{error}; {CAPS_TO_FENCE}") from error
+            raise errors.MayNotFence(str(error)) from error
 
     def has_pool(self, pool: str) -> bool:
         with _translated(f"look up pool {pool}"):

@@ -97,6 +97,11 @@ class Command(lister.Lister):
         except KeyboardInterrupt:  # what was done is told all the same
             self.app.LOG.error("interrupted: nothing more is done")
             self.stays()
+        except Exception as error:
+            if not told or self.app_args.debug:
+                raise
+            self.app.LOG.error("nothing more is done: %s", _printable(_sentence(error)))
+            self.stays()
         return self.columns, told
 
     def rows(self, parsed_args: argparse.Namespace) -> Iterable[tuple[Cell, ...]]:

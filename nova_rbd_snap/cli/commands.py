@@ -18,13 +18,11 @@ from nova_rbd_snap.cli.app import Cell, Command
 from nova_rbd_snap.cli.machine import LocalMachine
 from nova_rbd_snap.engine import wiring
 from nova_rbd_snap.janitor import leftovers
-from nova_rbd_snap.janitor.findings import KEEP, REMOVE, TRASH, Scene
+from nova_rbd_snap.janitor.findings import Scene
 from nova_rbd_snap.ledger.job import Owner
 from nova_rbd_snap.ledger.store import Ledger
 
-_DONE = {KEEP: "kept", REMOVE: "removed", TRASH: "trashed"}
-
-#: No nova-compute's machine id: what an operator takes over is no host's to end any more.
+#: No nova-compute's machine id: while an operator ends a job, no host does.
 _NO_MACHINE = "operator"
 
 
@@ -73,7 +71,7 @@ class Sweep(Command):
             found = outcome.finding
             if not outcome.done:
                 self.stays()
-            yield found.kind, found.what, _DONE[found.action] if outcome.done else "kept", outcome.why
+            yield found.kind, found.what, outcome.became, outcome.why
 
     def _scene(self, parsed_args: argparse.Namespace) -> Scene:
         nova_conf, settings = self.configuration()
@@ -121,7 +119,7 @@ class JobReclaim(Command):
     """End jobs whose nova-compute will not come back: finish or undo them, as Glance's record says.
 
     Exactly the client that worked on a job is cut off from the cluster first, so name none that is still at work. A job
-    that stays is yours from then on: name it again once its reason is gone.
+    that stays is given back to its nova-compute: name it again once its reason is gone.
     """
 
     columns = ("ID", "Action", "Why")
@@ -139,9 +137,11 @@ class JobReclaim(Command):
         for job_id in dict.fromkeys(parsed_args.ids):
             try:
                 engine.end(job_id)
-            except Exception as error:  # the next one may fare better
+            except errors.Unreachable:
+                raise  # so is the next one's
+            except errors.SnapError as error:  # the next one may fare better
                 self.stays()
-                yield job_id, "none" if isinstance(error, errors.NoRecord) else "kept", errors.known(error).report()
+                yield job_id, "none" if isinstance(error, errors.NoRecord) else "kept", error.report()
             else:
                 yield job_id, "ended", ""
 

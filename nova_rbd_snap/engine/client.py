@@ -211,22 +211,22 @@ class EngineClient:
             self._call("perform", report, job_id=job_id, snap_before=snap_before)
 
     def finish(self, image_id: str) -> None:
-        with self._leaving(image_id):
-            self._call("finish", image_id=image_id)
+        self._leave(image_id)
+        self._call("finish", image_id=image_id)
 
     def rollback(self, job_id: str) -> bool:
-        with self._leaving(job_id):
-            return bool(self._insist("rollback", job_id=job_id))
+        self._leave(job_id)
+        return bool(self._insist("rollback", job_id=job_id))
 
     def leave(self, job_id: str) -> None:
-        with self._leaving(job_id):
-            self._call("leave", job_id=job_id)
+        self._leave(job_id)
+        self._call("leave", job_id=job_id)
 
     def cancel(self, server: str) -> list[str]:
-        return list(self._call("cancel", server=server))
+        return list(self._insist("cancel", server=server))
 
     def remove_disks(self, server: str) -> list[str]:
-        return list(self._call("remove_disks", server=server))
+        return list(self._insist("remove_disks", server=server))
 
     @contextlib.contextmanager
     def _reserving(self, job_id: str) -> Iterator[None]:
@@ -247,14 +247,12 @@ class EngineClient:
             self._held.discard(job_id)
             raise
 
-    @contextlib.contextmanager
-    def _leaving(self, job_id: str) -> Iterator[None]:
-        """A call after which the job is the engines', however it ends.
+    def _leave(self, job_id: str) -> None:
+        """Note that the job is the engines' after the call that follows, however that ends.
 
-        Said before it: an engine that is started once this one has died over it shall not wait for us.
+        Noted before it: an engine that is started once this one has died over it shall not wait for us.
         """
         self._held.discard(job_id)
-        yield
 
     def keep_running(self) -> None:
         """See that there is an engine, for the rest of this process's life: it has work that nobody calls for."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine as plain calls: what nova-compute, and later the command line, may ask for.
+"""The engine as plain calls: what nova-compute and the command line may ask for.
 
 Thread-safe; each call blocks until it is done. Arguments and results are plain data, for they cross a socket.
 """
@@ -17,7 +17,7 @@ from typing import Any, Callable, Optional, TypeVar
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster, ImageInfo
 from nova_rbd_snap.conf import Settings
-from nova_rbd_snap.engine import Report
+from nova_rbd_snap.engine import Report, unheard
 from nova_rbd_snap.janitor import disks, jobs
 from nova_rbd_snap.ledger.job import CLONE, FREEZE, Job, Owner
 from nova_rbd_snap.ledger.store import OBJECT, Ledger
@@ -26,10 +26,6 @@ from nova_rbd_snap.specs import ImageSpec
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
-
-def _unheard(step: str, done: int, total: int) -> None:
-    """For calls whose progress nobody follows."""
-
 
 @dataclass(frozen=True)
 class Work:
@@ -100,7 +96,7 @@ class Engine:
 
     def _check_rights(self, cluster: Cluster) -> Iterator[str]:
         try:
-            # A write that changes nothing: the key is absent before and after.
+            # The key is absent before and after; of a first start the object stays.
             cluster.omap_replace(self._settings.pool, OBJECT, "check", None, None)
         except errors.NoPermission as error:
             user = self._settings.ceph_user or "(librados' default)"
@@ -141,7 +137,7 @@ class Engine:
                 raise errors.AlreadyThere(f"{dest} exists already and is left alone")
             data_pool = self._data_pool(cluster, dest, info)
             job = self._job(cluster, image_id, CLONE, source, dest=dest, data_pool=data_pool)
-            location = jobs.location(job, self._run(cluster))  # asked first: once the job is reserved nothing may fail
+            location = jobs.location(job, saga.Run(cluster))  # asked first: once the job is reserved nothing may fail
             self._reserve(cluster, job)
             return location
 
@@ -197,7 +193,7 @@ class Engine:
             ledger = self._ledger(cluster)
             ledger.forget(self._adopt(ledger.load(image_id), cluster))
 
-    def rollback(self, job_id: str, report: Report = _unheard) -> bool:
+    def rollback(self, job_id: str, report: Report = unheard) -> bool:
         """Undo all of the job, whichever engine of this nova-compute did it; False where there is no such job.
 
         Never call it for an image that Glance may hold: it removes the rbd image.
@@ -214,7 +210,7 @@ class Engine:
             self._reserved.pop(job_id, None)
             self._state.notify_all()
 
-    def cancel(self, server: str, report: Report = _unheard) -> list[str]:
+    def cancel(self, server: str, report: Report = unheard) -> list[str]:
         """Stop what is under way on the disks of a server that is being deleted, and undo it.
 
         So is what an earlier attempt could not undo, and what another host left, whose client is fenced first: the
@@ -250,20 +246,20 @@ class Engine:
     def _give_up(self, job_id: str, report: Report) -> None:
         is_held = job_id in self._held
         with self._leaving(job_id), self._connection() as cluster:
-            ledger, run = self._ledger(cluster), self._run(cluster, report)
+            ledger, run = self._ledger(cluster), saga.Run(cluster, report)
             job = self._take_over(ledger.load(job_id), cluster)
             if is_held:
                 jobs.undo(job, ledger, run)
             else:
                 jobs.conclude(job, ledger, run, jobs.Unasked())
 
-    def remove_disks(self, server: str, report: Report = _unheard) -> list[str]:
+    def remove_disks(self, server: str, report: Report = unheard) -> list[str]:
         """Remove the disks of a server that is being deleted, with the snapshots that we and stock Nova left on them.
 
         :returns: what is left of them and why, as sentences.
         """
         with self._connection() as cluster:
-            return disks.remove_all(self._settings.pool, server, self._run(cluster, report))
+            return disks.remove_all(self._settings.pool, server, saga.Run(cluster, report))
 
     def end(self, job_id: str) -> None:
         """End a job on an operator's word, whoever's it is: exactly the client that worked on it is cut off first.
@@ -277,8 +273,8 @@ class Engine:
             theirs = ledger.load(job_id)
             job = self._take_over(theirs, cluster)
             try:
-                jobs.conclude(job, ledger, self._run(cluster), self._images)
-            except errors.SnapError:
+                jobs.conclude(job, ledger, saga.Run(cluster), self._images)
+            except BaseException:  # the operator's patience has an end, too
                 # Its own nova-compute, where there is one, goes on trying.
                 with contextlib.suppress(errors.SnapError):
                     ledger.advance(ledger.load(job_id), owner=theirs.owner)
@@ -319,7 +315,7 @@ class Engine:
                 job = ledger.load(job_id)
                 if self._stopping or job_id in self._held or not self._is_mine(job):
                     return
-                jobs.conclude(self._take_over(job, cluster), ledger, self._run(cluster), self._images)
+                jobs.conclude(self._take_over(job, cluster), ledger, saga.Run(cluster), self._images)
         except errors.NoRecord:
             return
         except Exception as error:  # the next job may fare better
@@ -369,7 +365,7 @@ class Engine:
     def _settle(self, job: Job, cluster: Cluster) -> None:
         ledger = self._ledger(cluster)
         job = ledger.advance(self._take_over(job, cluster), orphaned=True)
-        jobs.conclude(job, ledger, self._run(cluster), self._images)
+        jobs.conclude(job, ledger, saga.Run(cluster), self._images)
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
@@ -399,9 +395,6 @@ class Engine:
 
     def _ledger(self, cluster: Cluster) -> Ledger:
         return Ledger(cluster, self._settings.pool)
-
-    def _run(self, cluster: Cluster, report: Report = _unheard) -> saga.Run:
-        return saga.Run(cluster, report)
 
     @contextlib.contextmanager
     def _at_work(self, job_id: str, disk: Optional[str] = None) -> Iterator[Work]:
@@ -459,14 +452,14 @@ class Engine:
             error.step = "reserve"
             raise error from cause.__cause__ if error is cause else cause
 
-    def _rollback(self, job_id: str, report: Report = _unheard) -> bool:
+    def _rollback(self, job_id: str, report: Report = unheard) -> bool:
         with self._connection() as cluster:
             ledger = self._ledger(cluster)
             try:
                 job = self._adopt(ledger.load(job_id), cluster)
             except errors.NoRecord:
                 return False
-            jobs.undo(job, ledger, self._run(cluster, report))
+            jobs.undo(job, ledger, saga.Run(cluster, report))
         return True
 
     def _undo_anew(self, job_id: str, error: errors.Blocklisted) -> None:

@@ -130,10 +130,12 @@ class SweepPlan:
 class Outcome:
     """What became of a finding.
 
-    :ivar done: it is as the plan wanted it.
+    :ivar became: kept, removed, trashed or gone.
     :ivar why: as the finding's, or what was in the way.
+    :ivar done: it is as the plan wanted it.
     """
 
     finding: Finding
-    done: bool
+    became: str
     why: str
+    done: bool = True

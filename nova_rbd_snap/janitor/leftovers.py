@@ -13,8 +13,10 @@ from typing import Optional
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.janitor import copies, strays
-from nova_rbd_snap.janitor.findings import KEEP, Finding, Outcome, Scene, SweepPlan, Target
+from nova_rbd_snap.janitor.findings import KEEP, REMOVE, TRASH, Finding, Outcome, Scene, SweepPlan, Target
 from nova_rbd_snap.ledger.job import Job
+
+_BECOMES = {REMOVE: "removed", TRASH: "trashed"}
 
 
 def plan(scene: Scene) -> SweepPlan:
@@ -52,14 +54,15 @@ def execute(plan: SweepPlan, scene: Scene) -> Iterator[Outcome]:
     silent: Optional[errors.SnapError] = None
     for finding in plan.findings:
         if finding.action == KEEP or finding.target is None:
-            yield Outcome(finding, True, finding.why)
+            yield Outcome(finding, "kept", finding.why)
         elif silent is not None:
-            yield Outcome(finding, False, f"not tried, for what must be asked does not answer: {silent.report()}")
+            why = f"not tried, for what must be asked does not answer: {silent.report()}"
+            yield Outcome(finding, "kept", why, done=False)
         else:
             try:
                 yield _execute(finding, finding.target, scene)
             except errors.SnapError as error:
-                yield Outcome(finding, False, error.report())
+                yield Outcome(finding, "kept", error.report(), done=False)
                 if isinstance(error, (errors.Unreachable, errors.GlanceSilent)):
                     silent = error
 
@@ -67,8 +70,8 @@ def execute(plan: SweepPlan, scene: Scene) -> Iterator[Outcome]:
 def _execute(finding: Finding, target: Target, scene: Scene) -> Outcome:
     now = target.judge(scene)
     if now is None:
-        return Outcome(finding, True, "went by itself")
+        return Outcome(finding, "gone", "no leftover any more")
     if (now.action, now.target) != (finding.action, target):
-        return Outcome(finding, False, f"not as it was planned any more: {now.why}")
+        return Outcome(finding, "kept", f"not as it was planned any more: {now.why}", done=False)
     target.remove(scene)
-    return Outcome(finding, True, finding.why)
+    return Outcome(finding, _BECOMES[finding.action], finding.why)

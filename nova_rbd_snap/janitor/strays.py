@@ -40,7 +40,7 @@ def _is_stray(snap: str) -> bool:
 
 
 def _remove_snap(scene: Scene, spec: SnapSpec, snap_id: int) -> None:
-    run = Run(scene.cluster, lambda step, done, total: None)
+    run = Run(scene.cluster)
     for snap in scene.cluster.snaps(spec.image):
         if snap.id == snap_id:
             steps.remove_snap(spec, snap, run)

@@ -73,9 +73,12 @@ class Ledger:
 
     def load(self, job_id: str) -> Job:
         """The job as recorded. :raises errors.NoRecord: there is none that this release can read."""
-        for job in self.read().jobs:
+        contents = self.read()
+        for job in contents.jobs:
             if job.id == job_id:
                 return job
+        if job_id in contents.strange:
+            raise errors.NoRecord(f"record {job_id} is never touched: {contents.strange[job_id]}")
         raise errors.NoRecord(f"no job {job_id} in the ledger of pool {self._pool}")
 
     def read(self) -> Contents:

@@ -158,14 +158,14 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
         """Nova's own full copy, from a frozen snapshot where one can be taken."""
         request.await_announced()
         job_id = copy_id(request.image_id)
-        snap = request.freeze(job_id)
+        snap = request.freeze_disk(job_id)
         try:
             copy = imagebackend.FullCopy(request.image_id, snap)
             with self._running_again(), imagebackend.making_full_copy(copy):
                 super().snapshot(request.context, request.instance, request.image_id, request.task_states_for_nova())
         finally:
             if snap is not None:
-                request.thaw(job_id)
+                request.release_disk(job_id)
         LOG.info("Snapshot to image %s: copied in full by Nova", request.image_id, instance=request.instance)
 
     def _needs_suspend_resume_for_snapshot(self, live_snapshot: bool, current_power_state: int) -> bool:
@@ -196,7 +196,8 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
                     if all_went_well:
                         raise
                     LOG.error(
-                        "The guest was suspended for its copy and is not as it was before: %s",
+                        "The guest was suspended for its copy and is not as it was before: %s; remedy: 'openstack "
+                        "server start', or 'stop' and 'start' where Nova takes it for running",
                         error, instance=suspension.instance,
                     )
 
@@ -364,7 +365,7 @@ class _Request:
             self.image_id, time.monotonic() - started, self._durations(), url, instance=self.instance,
         )
 
-    def freeze(self, job_id: str) -> Optional[str]:
+    def freeze_disk(self, job_id: str) -> Optional[str]:
         """Take the snapshot that a full copy reads; None where none can be had and the guest must be suspended.
 
         :raises errors.SnapError: the cluster does not answer; a copy would not end.
@@ -385,12 +386,15 @@ class _Request:
     def _perform(self, job_id: str) -> None:
         self.still.perform(process.engine(), job_id, self._note)
 
-    def thaw(self, job_id: str) -> None:
+    def release_disk(self, job_id: str) -> None:
         """Remove the frozen snapshot. What fails is logged and stays in the ledger: the copy's own outcome counts."""
         try:
             process.engine().rollback(job_id)
         except errors.SnapError as error:
-            LOG.warning("Cannot remove the frozen snapshot of %s: %s", self.disk.rbd_name, error.report())
+            LOG.warning(
+                "Cannot remove the frozen snapshot of %s: %s",
+                self.disk.rbd_name, error.report(), instance=self.instance,
+            )
 
     def task_states_for_nova(self) -> UpdateTaskState:
         """The callback for Nova's own snapshot: its first two transitions were made already."""

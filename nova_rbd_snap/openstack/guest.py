@@ -150,6 +150,7 @@ class Stillness:
 
     def __init__(self, driver: Any, context: Any, instance: Any, guest: Any) -> None:
         self._driver = driver
+        self._instance = instance
         self._arguments = (context, instance, instance.image_meta)
         self._guest = guest
         self._lock = threading.Lock()
@@ -219,7 +220,11 @@ class Stillness:
             except Exception as error:  # an agent that is late with the freeze blocks this one, too
                 if time.monotonic() >= deadline:
                     if self._patience:
-                        LOG.error("The guest may still be frozen, for its file systems cannot be thawed: %s", error)
+                        LOG.error(
+                            "The guest may still be frozen, for its file systems cannot be thawed: %s; remedy: "
+                            "'virsh domfsthaw' on this host, or reboot the server",
+                            error, instance=self._instance,
+                        )
                     return
                 time.sleep(_PAUSE_SECONDS)
             else:

@@ -20,6 +20,7 @@ from nova.virt import images as nova_images
 from nova.virt.libvirt import imagebackend
 
 from nova_rbd_snap import errors
+from nova_rbd_snap.engine import unheard
 from nova_rbd_snap.openstack import clone, images, process, registration
 from nova_rbd_snap.openstack.glance import Glance
 
@@ -54,10 +55,6 @@ def making_full_copy(copy: FullCopy) -> Iterator[None]:
         yield
     finally:
         _full_copy.reset(token)
-
-
-def _unheard(step: str, done: int, total: int) -> None:
-    """For progress that nobody follows."""
 
 
 class Rbd(imagebackend.Rbd):
@@ -99,7 +96,7 @@ class Rbd(imagebackend.Rbd):
         try:
             glance = images.glance_for(context)
             url = self.clone_to_glance(
-                glance, image_id, base_image_id, lambda job_id: engine.perform(job_id, None, _unheard)
+                glance, image_id, base_image_id, lambda job_id: engine.perform(job_id, None, unheard)
             )
             # Nova registers it, and never says so: from now on Glance's record is what counts.
             engine.leave(image_id)
@@ -125,7 +122,7 @@ class Rbd(imagebackend.Rbd):
         if state in (registration.State.WAITING, registration.State.GONE, registration.State.FOREIGN):
             clone.give_up(process.engine(), image_id, "Glance does not use it")
         else:
-            LOG.warning("Kept %s: image %s uses it, or may use it; see the job in the ledger", url, image_id)
+            LOG.warning("Kept %s: image %s uses it, or may use it; see 'nova-rbd-snap job list'", url, image_id)
 
     def snapshot_extract(self, target: str, out_format: str) -> None:
         """See Nova; reads the frozen snapshot where there is one, so that the guest may go on writing."""

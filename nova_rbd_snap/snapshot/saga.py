@@ -14,6 +14,7 @@ from typing import Any, Callable, Protocol
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster
+from nova_rbd_snap.engine import Report, unheard
 from nova_rbd_snap.ledger.job import Job
 from nova_rbd_snap.ledger.store import Ledger
 
@@ -34,7 +35,7 @@ class Run:
     """
 
     cluster: Cluster
-    report: Callable[[str, int, int], None]
+    report: Report = unheard
     cancelled: Callable[[], bool] = lambda: False
     orphaned: Callable[[], bool] = lambda: False
     too_late: Callable[[], bool] = lambda: False

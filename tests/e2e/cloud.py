@@ -45,6 +45,8 @@ KEYSTONE_CONF = pathlib.Path("/etc/keystone/keystone.conf.d/e2e.conf")
 SHORT_TOKEN_SECONDS = 10
 #: What a test may have run as the engine; see ``breakpoints.py``.
 _ENGINE_THAT_HOLDS = b"/src/tests/e2e/breakpoints.py"
+#: An rbd image's id is as long at least; before it there may be a pool's.
+_ID_LENGTH = 10
 #: Where Nova's own full copy keeps its file.
 SNAPSHOTS = pathlib.Path("/var/lib/nova/snapshots")
 #: Of the proxy that tests put between nova-compute and Glance.
@@ -87,11 +89,6 @@ def merged(*options: Options) -> Options:
 def run(*command: str) -> str:
     """What a command prints."""
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
-
-
-def ceph_host(*command: str) -> str:
-    """Run a command in the container of the Ceph daemons."""
-    return run("docker", "exec", "nova-rbd-snap-ceph", *command)
 
 
 class Log:
@@ -195,11 +192,18 @@ class Ceph:
                 "rbd images": {name: self.about(pool, name) for name in rbd.RBD().list(ioctx)},
                 "trash": sorted(entry["name"] for entry in rbd.RBD().trash_list(ioctx)),
                 "ledger": self.ledger(pool),
-                "ids": sorted({found[1] for obj in ioctx.list_objects() if (found := self._ID.search(obj.key))}),
+                "ids": sorted({found for obj in ioctx.list_objects() if (found := self._whose(obj.key))}),
             }
 
-    #: The id of the rbd image, and of the snapshot if there is one, in the name of an object that belongs to it.
-    _ID = re.compile(r"^(?:rbd_data|rbd_header|rbd_object_map|journal)\.(?:\d+\.)?([0-9a-f]{10,}(?:\.0{8}\d+$)?)")
+    @staticmethod
+    def _whose(name: str) -> str:
+        """The id of the rbd image, and of the snapshot if it is a snapshot's, that the object *name* belongs to."""
+        kind, *parts = name.split(".")
+        if kind == "rbd_object_map":
+            return ".".join(parts)
+        if kind in ("rbd_data", "rbd_header", "journal"):
+            return next((part for part in parts if len(part) >= _ID_LENGTH), "")
+        return ""
 
     def about(self, pool: str, name: str) -> Any:
         """One rbd image: id, snapshots with the trashed ones, and parent."""

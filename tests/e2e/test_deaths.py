@@ -8,17 +8,16 @@ import os
 import pathlib
 import signal
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from cloud import MIB, SHORT_TOKEN_SECONDS, THROUGH_PROXY, Cloud, Log, ceph_host, eventually, run
+from cloud import MIB, SHORT_TOKEN_SECONDS, THROUGH_PROXY, Cloud, Log, eventually, run
 from test_clone import UNTRUSTED, assert_cloned
 
+from tests import daemons
 from tests.fakes.glance_proxy import GlanceProxy
 
 IMPATIENT = ({"rbd_snap": {"operation_timeout": 10}}, THROUGH_PROXY)
-OSDS = ("osd.0", "osd.1", "osd.2")
 #: A dead client's hold on an rbd image lasts 30 s.
 DEAD_CLIENT_SECONDS = 60
 
@@ -158,58 +157,40 @@ def test_nova_compute_is_killed_while_it_registers(
     cloud.unchanged(before)
 
 
-@pytest.fixture
-def stopped_osds(cloud: Cloud) -> Iterator[Any]:
-    """A function that stops all of the cluster's disks, until the other function it returns is called."""
-
-    def signal_osds(name: str) -> None:
-        ceph_host("supervisorctl", "signal", name, *OSDS)
-
-    def stop() -> Any:
-        signal_osds("STOP")
-        return lambda: signal_osds("CONT")
-
-    yield stop
-    signal_osds("CONT")
-
-
-def test_short_stall(cloud: Cloud, server: Any, log: Log, stopped_osds: Any) -> None:
+@pytest.mark.disturbs
+def test_short_stall(cloud: Cloud, server: Any, log: Log) -> None:
     """A cluster that stalls for less than operation_timeout delays the snapshot, and no more."""
     digest = cloud.disk_digest(server)
     image_id = flattening(cloud, server)
-    go_on = stopped_osds()
-    with pytest.raises(AssertionError, match="not within"):
+    with daemons.frozen(*daemons.OSDS), pytest.raises(AssertionError, match="not within"):
         eventually(lambda: cloud.image(image_id).status == "active", "it stalls", 4)
-    go_on()
     cloud.settled(server)
     assert cloud.image_digest(image_id) == digest
     assert_cloned(cloud, log, server, cloud.image(image_id))
 
 
-def test_cluster_stops_answering(cloud: Cloud, server: Any, log: Log, stopped_osds: Any) -> None:
+@pytest.mark.disturbs
+def test_cluster_stops_answering(cloud: Cloud, server: Any, log: Log) -> None:
     """In bounded time the request fails, without Nova's copy, which would wait for ever.
 
     What cannot be undone now is undone once the cluster answers again, by nobody's hand.
     """
     before = cloud.picture()
     image_id = flattening(cloud, server)
-    go_on = stopped_osds()
-    cloud.failed_snapshot(server, image_id, seconds=90)
+    with daemons.frozen(*daemons.OSDS):
+        cloud.failed_snapshot(server, image_id, seconds=90)
     assert not log.lines("copied in full")
-    go_on()
     cloud.unchanged(before, 2 * DEAD_CLIENT_SECONDS)
     assert cloud.snapshot(server).status == "active"
 
 
+@pytest.mark.disturbs
 def test_monitor_stops_answering(cloud: Cloud, server: Any, log: Log) -> None:
     """The same when only the monitor is silent, which every snapshot asks."""
     before = cloud.picture()
-    ceph_host("supervisorctl", "signal", "STOP", "mon")
-    try:
+    with daemons.frozen(daemons.MONITOR):
         image_id = cloud.request(server)
         cloud.failed_snapshot(server, image_id, seconds=120)
-    finally:
-        ceph_host("supervisorctl", "signal", "CONT", "mon")
     assert not log.lines("copied in full")
     cloud.unchanged(before, seconds=2 * DEAD_CLIENT_SECONDS)
 

@@ -6,7 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cloud import Cloud, Log, ceph_host, eventually, run
+from cloud import Cloud, Log, eventually, run
+
+from tests import daemons
 
 
 def assert_stock(cloud: Cloud) -> None:
@@ -58,17 +60,15 @@ def test_pool_that_is_not_there(cloud: Cloud, option: str) -> None:
     assert f"[rbd_snap] {option}" in line
 
 
+@pytest.mark.disturbs
 def test_cluster_silent_at_start(cloud: Cloud) -> None:
     """A cluster that does not answer while nova-compute starts is told, and used once it answers again."""
     cloud.configure()
-    ceph_host("supervisorctl", "signal", "STOP", "mon")
-    try:
+    with daemons.frozen(daemons.MONITOR):
         log = Log()
         cloud.write_configuration({"rbd_snap": {"operation_timeout": 5}})
         run("supervisorctl", "restart", "nova-compute")
         log.has("nova-rbd-snap: cannot be checked now", 60)
-    finally:
-        ceph_host("supervisorctl", "signal", "CONT", "mon")
     cloud.nova_compute_is_back(log)
     server = cloud.standing_server()
     log = Log()

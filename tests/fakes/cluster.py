@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, NoReturn, Optional, Union
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.ceph.interface import CAPS_TO_FENCE, ImageInfo, OnProgress, SnapInfo, one_client
+from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo, one_client
 from nova_rbd_snap.specs import ImageSpec, SnapSpec
 
 #: Size of one object of an rbd image; content is kept per object.
@@ -306,7 +306,7 @@ class FakeCluster:
     def fence(self, address: str) -> None:
         client = one_client(address)
         if not self.may_fence:
-            raise errors.NoPermission(f"blocklist client {client}: denied; {CAPS_TO_FENCE}")
+            raise errors.MayNotFence(f"blocklist client {client}: denied")
         self.fenced.add(client)
         for connection in self._state.connections:
             if f"192.0.2.1:0/{connection._nonce}" == client:

@@ -141,7 +141,8 @@ def _all(steps: dict[str, Step]) -> frozenset[str]:
 _CHANGES = frozenset().union(*(step.changes for step in ENGINE.values()))
 _BEFORE_PIVOT = tuple(name for name in ENGINE if name not in AFTER_PIVOT)
 
-#: Every class of error that librados or librbd may answer with, but ``AlreadyThere``.
+#: Every class of error that librados or librbd may answer with; but ``AlreadyThere``, which only what makes something
+#: meets, and ``MayNotFence``, which is what ``engine_killed unfenced`` is about.
 ANSWERS = (
     errors.CephError, errors.Missing, errors.Busy, errors.HasSnapshots, errors.NoPermission, errors.NoSpace,
     errors.NotSupported, errors.Unreachable, errors.Blocklisted,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
 from typing import Any, Callable, NoReturn, Optional
 
 import rbd
@@ -15,6 +14,7 @@ from nova_rbd_snap.ceph.librbd import LibrbdCluster
 from nova_rbd_snap.engine.service import Engine
 from nova_rbd_snap.ledger.job import SNAP_PREFIX, copy_id
 from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, Location
+from tests import daemons
 from tests.fakes.glance_proxy import Request as HttpRequest
 from tests.faults import world
 from tests.faults.matrix import Cell
@@ -28,16 +28,8 @@ _DISK_BYTES = 16 * MIB
 SHORT_SECONDS = 5
 #: What the names of RADOS objects that belong to one rbd image begin with.
 _PER_IMAGE = ("rbd_id", "rbd_header", "rbd_data", "rbd_object_map")
-_DAEMONS = {"osds": ("osd.0", "osd.1", "osd.2"), "monitor": ("mon",), "manager": ("mgr",)}
+_DAEMONS = {"osds": daemons.OSDS, "monitor": (daemons.MONITOR,), "manager": (daemons.MANAGER,)}
 _FORMATS = {"disk_format": "raw", "container_format": "bare"}
-
-
-def supervisorctl(*arguments: str) -> None:
-    """Tell the supervisor of Ceph's daemons."""
-    subprocess.run(
-        ["docker", "exec", "nova-rbd-snap-ceph", "supervisorctl", *arguments],
-        check=True, capture_output=True, timeout=120,
-    )  # fmt: skip
 
 
 def _every(request: HttpRequest) -> bool:

@@ -475,7 +475,7 @@ def test_changed_since_it_was_planned(
         before, after = without_snap(before), without_snap(after)
     assert after == before
     for what in victims:
-        assert not outcomes[what].done or outcomes[what].why == "went by itself", outcomes[what]
+        assert not outcomes[what].done or outcomes[what].became == "gone", outcomes[what]
 
 
 def without_snap(picture: Any) -> Any:
@@ -495,7 +495,7 @@ def test_somebody_else_was_faster(world: World, leak: Callable[[World], set[str]
     plan = leftovers.plan(scene)
     world.sweep()
     outcomes = list(leftovers.execute(plan, scene))
-    assert [(outcome.done, outcome.why) for outcome in outcomes] == [(True, "went by itself")] * len(plan.findings)
+    assert [(outcome.done, outcome.became) for outcome in outcomes] == [(True, "gone")] * len(plan.findings)
     assert world.cluster.picture()["vms"] == before
 
 
