@@ -8,6 +8,7 @@
     ├── Cancelled           somebody asked for the work to stop: the server is being deleted, or the service ends
     ├── GuestSilent         QEMU does not answer, and would be cut off from its disk by a snapshot
     ├── NotQuiesced         the guest could not be held still, which its image requires
+    ├── StillAtWork         a disk that is to be removed is needed by a job of ours that does not come to its end
     ├── CephError           a librados or librbd call failed
     │   ├── Missing         pool, rbd image or snapshot does not exist (of a removal: says nothing, look again)
     │   ├── AlreadyThere    the thing to be made exists, and this call did not make it
@@ -17,6 +18,7 @@
     │   │   └── MayNotFence a dead engine's client cannot be cut off
     │   ├── NoSpace         pool or cluster full
     │   ├── NotSupported    librbd, the image's features or the cluster cannot do it
+    │   ├── HolderSilent    who has the lock of an rbd image does not answer, and would be cut off from it
     │   └── Unreachable     no answer in time; whether it happened is unknown
     │       └── Blocklisted this client was cut off and must reconnect
     ├── LedgerError         the ledger's record is not what was expected
@@ -102,6 +104,13 @@ class NotQuiesced(SnapError):
     may_fall_back = False
 
 
+class StillAtWork(SnapError):
+    """A disk that is to be removed is needed by a job of ours that does not come to its end."""
+
+    remedy = "'nova-rbd-snap job list' tells what is in its way; delete the server again once the job is gone"
+    may_fall_back = False
+
+
 class CephError(SnapError):
     """A librados or librbd call failed in a way that has no class of its own."""
 
@@ -146,6 +155,12 @@ class NoSpace(CephError):
 
 class NotSupported(CephError):
     """librbd, the features of the rbd image or the cluster cannot do it."""
+
+
+class HolderSilent(CephError):
+    """Who has the lock of an rbd image does not answer: a change of its snapshots would cut a frozen guest off."""
+
+    remedy = "none is needed: it is tried again once the guest answers, or has ended in order"
 
 
 class Unreachable(CephError):

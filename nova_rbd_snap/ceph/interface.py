@@ -18,6 +18,12 @@ from nova_rbd_snap.specs import ImageSpec, SnapSpec, client_address
 OnProgress = Callable[[int, int], bool]
 
 
+def always_on(done: int, total: int) -> bool:
+    """The :data:`OnProgress` of whom it does not interest."""
+    return True
+
+
+
 def one_client(address: str) -> str:
     """*address* as the blocklist takes it.
 
@@ -106,6 +112,15 @@ class Cluster(Protocol):
     def children(self, image: ImageSpec, snap_id: int) -> list[ImageSpec]:
         """The clones that depend on a snapshot, trashed or not. :raises Missing: no such snapshot."""
 
+    def ask_holder(self, image: ImageSpec) -> None:
+        """Ask whoever has the rbd image open for a sign of life; at once where nobody has.
+
+        librbd takes the lock of a holder that is silent for 30 s away, and blocklists it (``docs/design/ceph.rst``).
+
+        :raises HolderSilent: there is none, or who has the lock does not even watch the rbd image: dead or frozen.
+        :raises Missing: no such rbd image.
+        """
+
     def create_snap(self, snap: SnapSpec) -> int:
         """Freeze the rbd image now; returns the snapshot's id. About a second: a monitor's proposal.
 
@@ -147,8 +162,8 @@ class Cluster(Protocol):
         :raises Cancelled: *on_progress* asked to stop; the parent is kept.
         """
 
-    def remove(self, image: ImageSpec) -> None:
-        """Remove a whole or half-made rbd image.
+    def remove(self, image: ImageSpec, on_progress: OnProgress = always_on) -> None:
+        """Remove a whole or half-made rbd image; it cannot be asked to stop.
 
         :raises Missing: the name is free.
         :raises HasSnapshots: it has snapshots.

@@ -18,10 +18,14 @@ import rbd
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph import translate
-from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo, one_client
+from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo, always_on, one_client
 from nova_rbd_snap.specs import ImageSpec, SnapSpec, client_address
 
 _OMAP_PAGE = 1000
+#: How long a client may take to confirm a message.
+_SIGN_OF_LIFE_SECONDS = 5
+#: How librbd's own locks begin; others are people's (``rbd lock add``), and are never taken away.
+_EXCLUSIVE_LOCK = "auto "
 #: Longer than anything that was frozen may be frozen and still be expected to wake.
 _FENCE_SECONDS = 24 * 3600
 
@@ -195,6 +199,20 @@ class LibrbdCluster:
             opened.set_snap_by_id(snap_id)
             return [ImageSpec(child["pool"], child["image"]) for child in opened.list_children2()]
 
+    def ask_holder(self, image: ImageSpec) -> None:
+        doing = f"ask who has {image} open"
+        with self._image(image, doing, read_only=True) as opened, self._pool(image.pool) as ioctx:
+            try:
+                # Without a text it says that the header has changed, which every librbd confirms.
+                ioctx.notify(f"rbd_header.{opened.id()}", "", _SIGN_OF_LIFE_SECONDS * 1000)
+            except rados.TimedOut as error:
+                raise errors.HolderSilent(f"who has {image} open does not answer") from error
+            lockers = opened.list_lockers()
+            watchers = {f"client.{watcher['id']}" for watcher in opened.watchers_list()}
+        for client, cookie, address in lockers["lockers"] if lockers else ():
+            if cookie.startswith(_EXCLUSIVE_LOCK) and client not in watchers:
+                raise errors.HolderSilent(f"{client} ({address}) has the lock of {image}, and is dead or frozen")
+
     def create_snap(self, snap: SnapSpec) -> int:
         with self._image(snap.image, f"create snapshot {snap}") as opened:
             opened.create_snap(snap.name)
@@ -259,9 +277,13 @@ class LibrbdCluster:
                 raise errors.CephError(f"{doing}: librbd says not found, but it is still there") from error
             raise
 
-    def remove(self, image: ImageSpec) -> None:
+    def remove(self, image: ImageSpec, on_progress: OnProgress = always_on) -> None:
+        def step(done: int, total: int) -> int:
+            on_progress(done, total)
+            return 0
+
         with self._removing(f"remove {image}", image) as ioctx:
-            rbd.RBD().remove(ioctx, image.name)
+            rbd.RBD().remove(ioctx, image.name, on_progress=step)
 
     def trash(self, image: ImageSpec) -> None:
         with self._removing(f"move {image} to the trash", image) as ioctx:

@@ -101,7 +101,7 @@ class Sweep(Command):
 class JobList(Command):
     """List what the ledger holds: snapshots under way, and what is left of those that came to no end."""
 
-    columns = ("ID", "Kind", "Step", "Disk", "Host", "Client", "Hours", "Left")
+    columns = ("ID", "Kind", "Step", "Disk", "Host", "Cloud", "Client", "Hours", "Left")
 
     def rows(self, parsed_args: argparse.Namespace) -> Iterator[tuple[Cell, ...]]:
         _, settings = self.configuration()
@@ -110,9 +110,10 @@ class JobList(Command):
         for job in contents.jobs:
             hours = round((time.time() - job.created) / 3600, 1)
             owner = job.owner
-            yield job.id, job.kind, job.step, str(job.disk), owner.host, owner.client, hours, "; ".join(job.failures)
+            whose = owner.host, owner.cloud, owner.client
+            yield job.id, job.kind, job.step, str(job.disk), *whose, hours, "; ".join(job.failures)
         for key, why in contents.strange.items():
-            yield key, "strange record", "", "", "", "", "", f"never touched: {why}"
+            yield key, "strange record", "", "", "", "", "", "", f"never touched: {why}"
 
 
 class JobReclaim(Command):
@@ -127,12 +128,19 @@ class JobReclaim(Command):
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
         parser.add_argument("ids", nargs="+", metavar="ID", help="as 'job list' prints it")
+        parser.add_argument(
+            "--cloud",
+            help="whose jobs these are, as 'job list' prints it; default: the one that the configuration tells, whose "
+            "Glance is asked in any case",
+        )
         return parser
 
     def rows(self, parsed_args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
         nova_conf, settings = self.configuration()
         wiring.need_bindings()
-        owner = functools.partial(Owner, f"operator:{socket.gethostname()}", _NO_MACHINE, str(uuid.uuid4()))
+        cloud = wiring.cloud(nova_conf, settings) if parsed_args.cloud is None else parsed_args.cloud
+        operator = f"operator:{socket.gethostname()}"
+        owner = functools.partial(Owner, operator, _NO_MACHINE, str(uuid.uuid4()), cloud=cloud)
         engine = wiring.engine(nova_conf, settings, owner)
         for job_id in dict.fromkeys(parsed_args.ids):
             try:

@@ -23,8 +23,11 @@ def _build(server: Server, config: list[str]) -> Engine:
     hello = server.greet()
     wiring.need_bindings()
     nova_conf = conf.load(config)
-    owner = functools.partial(Owner, hello["host"], hello["machine"], hello["incarnation"])
-    return wiring.engine(nova_conf, conf.Settings.read(nova_conf), owner, hello["held"])
+    settings = conf.Settings.read(nova_conf)
+    owner = functools.partial(
+        Owner, hello["host"], hello["machine"], hello["incarnation"], cloud=wiring.cloud(nova_conf, settings)
+    )
+    return wiring.engine(nova_conf, settings, owner, hello["held"])
 
 
 def main() -> None:

@@ -261,8 +261,8 @@ class EngineClient:
             try:
                 self._running().wait()
                 pause = _BACK_OFF_SECONDS[0]
-            except errors.EngineUnavailable as error:
-                LOG.warning("%s", error)
+            except Exception as error:  # whatever it is: nobody else would start one
+                LOG.warning("%s", errors.known(error))
                 time.sleep(pause)
                 pause = min(2 * pause, _RETRY_SECONDS)
 

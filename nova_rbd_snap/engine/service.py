@@ -27,16 +27,21 @@ from nova_rbd_snap.specs import ImageSpec
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
-@dataclass(frozen=True)
+#: Seconds between two looks at whether work that is waited for goes on.
+_LOOK_SECONDS = 1.0
+
+@dataclass
 class Work:
     """A job at work in this engine.
 
     :ivar disk: name of the disk, where the work can be cancelled.
     :ivar cancelled: set once it shall stop.
+    :ivar moved: when there last was progress, by the monotonic clock.
     """
 
     disk: Optional[str] = None
     cancelled: threading.Event = field(default_factory=threading.Event)
+    moved: float = field(default_factory=time.monotonic)
 
 
 class Engine:
@@ -69,7 +74,8 @@ class Engine:
         self._busy: dict[str, Work] = {}
         # Jobs that nova-compute has the say about: it has asked for them, and has not said finish, rollback or leave.
         self._held = set(held)
-        self._reserved: dict[str, Job] = {}
+        # With the connection they were reserved over, whose client their records name.
+        self._reserved: dict[str, tuple[Job, Cluster]] = {}
         self._fenced: set[str] = set()
         self._told: dict[str, str] = {}
         self._stopping = False
@@ -161,15 +167,23 @@ class Engine:
         :raises errors.SnapError: a step failed, and all was undone (``undo_failures`` says what could not be).
         """
         try:
-            job = self._reserved.pop(job_id, None)
-            if job is None and job_id not in self._held:
+            reserved = self._reserved.pop(job_id, None)
+            if reserved is None and job_id not in self._held:
                 raise errors.Cancelled(f"job {job_id} was given up before it began")
-            if job is None:
+            if reserved is None:
                 raise errors.LedgerConflict(f"job {job_id} was reserved by another engine, which is gone")
+            job, reserved_over = reserved
             with self._connection() as cluster, self._at_work(job_id, job.disk.name) as work:
+                if cluster is not reserved_over:
+                    job = self._take_over(job, cluster)
+
+                def note(step: str, done: int, total: int) -> None:
+                    work.moved = time.monotonic()
+                    report(step, done, total)
+
                 run = saga.Run(
                     cluster,
-                    report,
+                    note,
                     cancelled=lambda: self._stopping or work.cancelled.is_set() or job_id not in self._held,
                     orphaned=lambda: self._orphaned,
                     too_late=lambda: snap_before is not None and time.monotonic() > snap_before,
@@ -184,14 +198,17 @@ class Engine:
             saga.perform(job, steps.sequence(job), steps.READY, ledger, run)
         except errors.Blocklisted as error:
             if error.undo_failures:
-                self._undo_anew(job.id, error)
+                self._undo_anew(job.id, error, run.cluster)
             raise
 
     def finish(self, image_id: str) -> None:
-        """The image is registered and active: nothing but its job is left to remove."""
+        """The image is registered and active: as a rule nothing but its job is left to remove.
+
+        :raises errors.SnapError: something else is, and could not be; the record says what, and it is tried again.
+        """
         with self._leaving(image_id), self._connection() as cluster:
             ledger = self._ledger(cluster)
-            ledger.forget(self._adopt(ledger.load(image_id), cluster))
+            jobs.finish(self._adopt(ledger.load(image_id), cluster), ledger, saga.Run(cluster))
 
     def rollback(self, job_id: str, report: Report = unheard) -> bool:
         """Undo all of the job, whichever engine of this nova-compute did it; False where there is no such job.
@@ -214,7 +231,7 @@ class Engine:
         """Stop what is under way on the disks of a server that is being deleted, and undo it.
 
         So is what an earlier attempt could not undo, and what another host left, whose client is fenced first: the
-        server is here now. A clone that awaits its registration needs the disk no more.
+        server is here now.
 
         :param server: uuid, which the names of the disks begin with.
         :returns: ids of the jobs that are undone.
@@ -223,14 +240,12 @@ class Engine:
             running = [job_id for job_id, work in self._busy.items() if work.disk and work.disk.startswith(server)]
             for job_id in running:
                 self._busy[job_id].cancelled.set()
-            self._state.wait_for(lambda: not self._busy.keys() & running, timeout=self._settings.operation_timeout)
-            busy = self._busy.keys() & running
+        busy = self._await_end(running, report)
         for job_id in busy:
             LOG.warning("Job %s does not stop; it will be undone, but its server's disk may outlive the server", job_id)
-        report("cancel", 0, 0)
         undone, failure = set(running) - busy, None
         for job in self._ask(lambda cluster: self._ledger(cluster).read()).jobs:
-            if not job.disk.name.startswith(server) or job.id in busy or (job.kind, job.step) == (CLONE, steps.READY):
+            if not job.disk.name.startswith(server) or job.id in busy or steps.lets_go(job):
                 continue
             try:
                 self._give_up(job.id, report)
@@ -242,6 +257,18 @@ class Engine:
         if failure is not None:
             raise failure
         return sorted(undone)
+
+    def _await_end(self, job_ids: Iterable[str], report: Report) -> set[str]:
+        """Wait for the end of work for as long as it goes on; returns the jobs that do not come to it."""
+        while True:
+            report("cancel", 0, 0)
+            with self._state:
+                busy = self._busy.keys() & job_ids
+                moved = max((self._busy[job_id].moved for job_id in busy), default=0.0)
+                left = moved + self._settings.operation_timeout - time.monotonic()
+                if not busy or left <= 0:
+                    return busy
+                self._state.wait(min(left, _LOOK_SECONDS))
 
     def _give_up(self, job_id: str, report: Report) -> None:
         is_held = job_id in self._held
@@ -259,18 +286,21 @@ class Engine:
         :returns: what is left of them and why, as sentences.
         """
         with self._connection() as cluster:
-            return disks.remove_all(self._settings.pool, server, saga.Run(cluster, report))
+            at_work = {job.id for job in self._ledger(cluster).read().jobs if self._is_mine(job)}
+            return disks.remove_all(self._settings.pool, server, saga.Run(cluster, report), at_work)
 
     def end(self, job_id: str) -> None:
         """End a job on an operator's word, whoever's it is: exactly the client that worked on it is cut off first.
 
         :raises errors.NoRecord: there is no such job.
+        :raises errors.Refused: it is another cloud's, and this one's Glance knows nothing of its image.
         :raises errors.InDoubt: as :func:`nova_rbd_snap.janitor.jobs.conclude`, as what follows.
         :raises errors.SnapError: something could not be undone; the record says what.
         """
         with self._at_work(job_id), self._connection() as cluster:
             ledger = self._ledger(cluster)
             theirs = ledger.load(job_id)
+            self._refuse_another_clouds(theirs)
             job = self._take_over(theirs, cluster)
             try:
                 jobs.conclude(job, ledger, saga.Run(cluster), self._images)
@@ -295,9 +325,23 @@ class Engine:
         self._told.pop("the ledger", None)
         for key, text in found.strange.items():
             self._tell(f"record {key}", f"left alone: {text}")
-        # A frozen snapshot needs no word of Glance's, which may keep us waiting.
-        for job in sorted(found.jobs, key=lambda job: job.kind == CLONE):
-            self._reclaim(job.id)
+        for job, failure in self._in_turn(found.jobs, self._reclaim):
+            self._tell(f"job {job.id}", f"stays in the ledger: {failure.report()}")
+
+    def _in_turn(
+        self, those: Iterable[Job], end: Callable[[Job, jobs.Images], Optional[errors.SnapError]]
+    ) -> Iterator[tuple[Job, errors.SnapError]]:
+        """End jobs, those first that need no word of Glance's, for that may keep us waiting; yields what stays."""
+        in_doubt = []
+        for job in those:
+            failure = end(job, jobs.Unasked())
+            if isinstance(failure, errors.InDoubt):
+                in_doubt.append(job)
+            elif failure is not None:
+                yield job, failure
+        for job in in_doubt:
+            if (failure := end(job, self._images)) is not None:
+                yield job, failure
 
     def keep_reclaiming(self) -> None:
         """:meth:`reclaim` now and again until the engine is stopped, so that what heals is cleared away by itself."""
@@ -306,23 +350,29 @@ class Engine:
             with self._state:
                 self._state.wait_for(lambda: self._stopping, self._settings.reclaim_interval)
 
-    def _reclaim(self, job_id: str) -> None:
+    def _reclaim(self, job: Job, images: jobs.Images) -> Optional[errors.SnapError]:
+        """End the job if it is to be ended; returns why it stays although it is."""
+        if not self._is_mine(job):
+            us = self._owner(job.owner.client)
+            if (job.owner.cloud, job.owner.host) == (us.cloud, us.host):
+                self._tell(f"job {job.id}", f"left alone: it is of host {us.host}, but of machine {job.owner.machine}")
+            return None
         try:
-            if job_id in self._held:  # else its work would be waited for
-                return
-            with self._at_work(job_id), self._connection() as cluster:
+            if job.id in self._held:  # else its work would be waited for
+                return None
+            with self._at_work(job.id), self._connection() as cluster:
                 ledger = self._ledger(cluster)
-                job = ledger.load(job_id)
-                if self._stopping or job_id in self._held or not self._is_mine(job):
-                    return
-                jobs.conclude(self._take_over(job, cluster), ledger, saga.Run(cluster), self._images)
+                job = ledger.load(job.id)
+                if self._stopping or job.id in self._held or not self._is_mine(job):
+                    return None
+                jobs.conclude(self._take_over(job, cluster), ledger, saga.Run(cluster), images)
         except errors.NoRecord:
-            return
+            return None
         except Exception as error:  # the next job may fare better
-            self._tell(f"job {job_id}", f"stays in the ledger: {errors.known(error).report()}")
-        else:
-            self._told.pop(f"job {job_id}", None)
-            LOG.info("Job %s, left by earlier work, is ended", job_id)
+            return errors.known(error)
+        self._told.pop(f"job {job.id}", None)
+        LOG.info("Job %s, left by earlier work, is ended", job.id)
+        return None
 
     def _tell(self, what: str, text: str) -> None:
         if self._told.get(what) != text:
@@ -354,18 +404,24 @@ class Engine:
 
         Not what another engine has taken over meanwhile: there is a new nova-compute, and it knows better.
         """
-        for job in self._ask(lambda cluster: self._ledger(cluster).read()).jobs:
-            try:
-                if self._is_of_this_life(job):
-                    with self._connection() as cluster:
-                        self._settle(job, cluster)
-            except Exception as error:  # the next job may fare better
-                LOG.warning("Job %s stays in the ledger: %s", job.id, errors.known(error).report())
+        ours = [
+            job for job in self._ask(lambda cluster: self._ledger(cluster).read()).jobs if self._is_of_this_life(job)
+        ]
+        for job, failure in self._in_turn(ours, self._settle):
+            LOG.warning("Job %s stays in the ledger: %s", job.id, failure.report())
 
-    def _settle(self, job: Job, cluster: Cluster) -> None:
-        ledger = self._ledger(cluster)
-        job = ledger.advance(self._take_over(job, cluster), orphaned=True)
-        jobs.conclude(job, ledger, saga.Run(cluster), self._images)
+    def _settle(self, job: Job, images: jobs.Images) -> Optional[errors.SnapError]:
+        """End the job; returns why it stays."""
+        try:
+            with self._connection() as cluster:
+                ledger = self._ledger(cluster)
+                job = self._adopt(ledger.load(job.id), cluster)
+                jobs.conclude(ledger.advance(job, orphaned=True), ledger, saga.Run(cluster), images)
+        except errors.NoRecord:
+            return None
+        except Exception as error:  # the next job may fare better
+            return errors.known(error)
+        return None
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
@@ -379,10 +435,14 @@ class Engine:
         try:
             yield cluster
         except errors.Blocklisted:
-            with self._connecting:
-                if self._cluster is cluster:
-                    self._cluster = None
+            self._drop(cluster)
             raise
+
+    def _drop(self, lost: Cluster) -> None:
+        """Use the connection *lost* no more; somebody else may have replaced it already."""
+        with self._connecting:
+            if self._cluster is lost:
+                self._cluster = None
 
     def _ask(self, question: Callable[[Cluster], T]) -> T:
         """The answer to a mere question; asked anew where this client was cut off since it was last used."""
@@ -444,7 +504,7 @@ class Engine:
                 raise errors.LedgerConflict(f"job {job.id} is under way already")
             self._held.add(job.id)
         try:
-            self._reserved[job.id] = self._ledger(cluster).reserve(job)
+            self._reserved[job.id] = self._ledger(cluster).reserve(job), cluster
         except Exception as cause:
             error = errors.known(cause)
             if not isinstance(error, errors.LedgerConflict):  # else somebody has the say about the one that is there
@@ -462,10 +522,9 @@ class Engine:
             jobs.undo(job, ledger, saga.Run(cluster, report))
         return True
 
-    def _undo_anew(self, job_id: str, error: errors.Blocklisted) -> None:
-        """Undo on a new connection what could not be undone on one that was cut off."""
-        with self._connecting:
-            self._cluster = None
+    def _undo_anew(self, job_id: str, error: errors.Blocklisted, lost: Cluster) -> None:
+        """Undo on a new connection what could not be undone on the *lost* one."""
+        self._drop(lost)
         try:
             self._rollback(job_id)
         except errors.SnapError as failure:
@@ -475,7 +534,15 @@ class Engine:
 
     def _is_mine(self, job: Job) -> bool:
         us = self._owner(job.owner.client)
-        return (job.owner.host, job.owner.machine) == (us.host, us.machine)
+        return (job.owner.cloud, job.owner.host, job.owner.machine) == (us.cloud, us.host, us.machine)
+
+    def _refuse_another_clouds(self, job: Job) -> None:
+        ours = self._owner(job.owner.client).cloud
+        if job.owner.cloud != ours:
+            raise errors.Refused(
+                f"job {job.id} is of cloud {job.owner.cloud!r}, whose Glance alone knows its image, and this is "
+                f"{ours!r}; use that cloud's nova.conf, or --cloud if it is this one under a former address"
+            )
 
     def _is_of_this_life(self, job: Job) -> bool:
         return job.owner == self._owner(job.owner.client)
@@ -487,11 +554,14 @@ class Engine:
         return self._take_over(job, cluster)
 
     def _take_over(self, job: Job, cluster: Cluster) -> Job:
-        """Make the job ours: exactly the client that worked on it is cut off, then the ledger refuses its writes."""
+        """Make the job ours: exactly the client that worked on it is cut off, then the ledger refuses its writes.
+
+        Where nothing is left in the pools nobody works on it: the ledger's refusal is enough.
+        """
         us = self._owner(cluster.address())
         if job.owner == us:
             return job
-        if job.owner.client not in self._fenced:
+        if job.step != saga.RECORD and job.owner.client not in (us.client, *self._fenced):
             cluster.fence(job.owner.client)
             self._fenced.add(job.owner.client)
         orphaned = job.orphaned or not self._is_of_this_life(job)

@@ -8,7 +8,7 @@ What somebody else needs keeps the disk, and is told.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import SnapInfo
@@ -23,31 +23,37 @@ STOCK_SNAP = re.compile(r"[0-9a-f]{32}")
 _RESIZE_SNAP = "nova-resize"
 
 
-def remove_all(pool: str, server: str, run: Run) -> list[str]:
+def remove_all(pool: str, server: str, run: Run, at_work: Container[str] = ()) -> list[str]:
     """Remove every disk of the server; returns what is left of them and why, as sentences.
 
     :param server: uuid, which the names of its disks, and of no other's, begin with.
+    :param at_work: ids of the jobs that will let go of their disks.
+    :raises errors.Unreachable: the cluster does not answer; it can be tried again.
+    :raises errors.StillAtWork: a job of ours needs a disk; it can be tried again.
     """
     left: list[str] = []
     for name in run.cluster.images(pool):
         if name.startswith(f"{server}_"):
             try:
-                left += _remove(ImageSpec(pool, name), run)
+                left += _remove(ImageSpec(pool, name), run, at_work)
             except errors.Missing:
                 continue  # somebody else removed it
+            except (errors.Unreachable, errors.StillAtWork):
+                raise  # else nobody would ever remove what is left
             except errors.SnapError as error:
                 left.append(f"{pool}/{name} stays: {error.report()}")
     return left
 
 
-def _remove(disk: ImageSpec, run: Run) -> Iterator[str]:
+def _remove(disk: ImageSpec, run: Run, at_work: Container[str]) -> Iterator[str]:
     run.report(f"remove {disk.name}", 0, 0)
-    holders = [text for snap in _snaps(disk, run) for text in _free(disk, snap, run)]
+    holders = [text for snap in _snaps(disk, run) for text in _free(disk, snap, run, at_work)]
     if holders:
         yield f"{disk} stays until these are removed: {', '.join(holders)}"
         return
     try:
-        steps.when_free(run, f"remove {disk.name}", run.cluster.remove, disk)
+        doing = f"remove {disk.name}"
+        steps.when_free(run, doing, lambda image: run.cluster.remove(image, run.tell(doing)), disk)
     except errors.HasSnapshots:
         yield f"{disk} stays: somebody took a snapshot of it just now"
     except errors.Busy:
@@ -63,9 +69,14 @@ def _snaps(disk: ImageSpec, run: Run) -> list[SnapInfo]:
         return []  # half-made: it is removed all the same
 
 
-def _free(disk: ImageSpec, snap: SnapInfo, run: Run) -> Iterator[str]:
+def _free(disk: ImageSpec, snap: SnapInfo, run: Run, at_work: Container[str]) -> Iterator[str]:
     """Remove the snapshot if nobody needs it; else say who does."""
-    children = run.cluster.children(disk, snap.id)
+    try:
+        children = run.cluster.children(disk, snap.id)
+    except errors.Missing:
+        return  # gone meanwhile
+    if children and snap.name.removeprefix(SNAP_PREFIX) in at_work:
+        raise errors.StillAtWork(f"{disk} cannot be removed yet, for job {children[0].name} does not let go of it")
     if children:
         yield f"snapshot {snap.name} with its clones {', '.join(map(str, children))}"
     elif snap.trashed or _is_nobodys(snap.name):

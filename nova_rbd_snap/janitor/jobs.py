@@ -29,8 +29,8 @@ class Images(Protocol):
     def uses(self, image_id: str, url: str) -> Optional[bool]:
         """As the record is; None, too, while it waits for data."""
 
-    def settle(self, image_id: str, url: str) -> Optional[bool]:
-        """As nobody else will change it any more: a record that waits for data is deleted."""
+    def settle(self, image_id: str, url: str, server: str) -> Optional[bool]:
+        """As nobody else will change it any more: that of a snapshot of *server* is deleted if it waits for data."""
 
 
 def location(job: Job, run: saga.Run) -> str:
@@ -44,7 +44,17 @@ class Unasked:
     def uses(self, image_id: str, url: str) -> Optional[bool]:
         return None
 
-    settle = uses
+    def settle(self, image_id: str, url: str, server: str) -> Optional[bool]:
+        return None
+
+
+def finish(job: Job, ledger: Ledger, run: saga.Run) -> None:
+    """End a job whose rbd image, or one in its place, is in use: that stays, and what was made before it goes.
+
+    :raises errors.SnapError: as :func:`undo`.
+    """
+    before_clone = itertools.takewhile(lambda step: not isinstance(step, steps.Clone), steps.started(job))
+    _close(job, saga.undo(job, tuple(before_clone), run), ledger)
 
 
 def conclude(job: Job, ledger: Ledger, run: saga.Run, images: Images) -> None:
@@ -55,11 +65,10 @@ def conclude(job: Job, ledger: Ledger, run: saga.Run, images: Images) -> None:
     :raises errors.InDoubt: something may be in use, or come to be, or could not be asked about; it is kept.
     :raises errors.SnapError: as :func:`undo`.
     """
-    ask = functools.cache(images.settle if job.orphaned else images.uses)
+    settle = functools.partial(images.settle, server=job.server)
+    ask = functools.cache(settle if job.orphaned else images.uses)
     if _is_in_use(job, run, ask):
-        # Of a job that never was ready it is somebody else's: as a rule Nova's own copy. It stays, and the rest goes.
-        before_clone = itertools.takewhile(lambda step: not isinstance(step, steps.Clone), steps.started(job))
-        _close(job, saga.undo(job, tuple(before_clone), run), ledger)
+        finish(job, ledger, run)  # of a job that never was ready it is somebody else's: as a rule Nova's own copy
         return
     if not job.orphaned:
         undo(job, ledger, run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -40,12 +41,14 @@ class Owner:
     :ivar machine: id of the machine (Nova's compute id where it has one), since two clouds may share a host name.
     :ivar incarnation: id of one life of nova-compute, shared by the engines it starts.
     :ivar client: address with nonce of the engine's librados client, for fencing exactly this client.
+    :ivar cloud: whose Glance knows the image: Keystone's URL and the region, as far as the configuration tells.
     """
 
     host: str
     machine: str
     incarnation: str
     client: str
+    cloud: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,11 @@ class Job:
         return found[1] if found else self.id
 
     @property
+    def server(self) -> str:
+        """Uuid of the server whose disk it is."""
+        return self.disk.name.partition("_")[0]
+
+    @property
     def snap(self) -> SnapSpec:
         """The snapshot of the disk; named after the job, so that it is recognised without the ledger."""
         return self.disk.snap(f"{SNAP_PREFIX}{self.id}")
@@ -110,7 +118,7 @@ class Job:
             data["failures"] = tuple(data["failures"])
             job = cls(**data)
             job._validate()
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a record of the ledger: {error!r}") from error
         return job
 
@@ -125,6 +133,7 @@ class Job:
             ("host", self.owner.host, str),
             ("machine", self.owner.machine, str),
             ("incarnation", self.owner.incarnation, str),
+            ("cloud", self.owner.cloud, str),
             ("pool", self.disk.pool, str),
             ("disk", self.disk.name, str),
             ("generation", self.generation, int),
@@ -136,6 +145,8 @@ class Job:
         ):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} is {value!r}")
+        if not math.isfinite(self.created):
+            raise ValueError(f"created at {self.created!r}")
         if self.kind not in _IDS or self.clone_format not in (1, 2):
             raise ValueError(f"kind {self.kind!r} in format {self.clone_format!r}")
         if not _IDS[self.kind].fullmatch(self.id):

@@ -24,13 +24,15 @@ from oslo_log import log as logging
 from nova_rbd_snap import conf, errors
 from nova_rbd_snap.ledger.job import copy_id
 from nova_rbd_snap.openstack import clone, imagebackend, images, process
-from nova_rbd_snap.openstack.guest import Guest
+from nova_rbd_snap.openstack.guest import Guest, thaw_all
 from nova_rbd_snap.openstack.ondisks import OnDisks
 
 CONF = process.CONF
 LOG = logging.getLogger(__name__)
 
 UpdateTaskState = Callable[..., None]
+
+_REBUILDS = (task_states.REBUILDING, task_states.REBUILD_BLOCK_DEVICE_MAPPING, task_states.REBUILD_SPAWNING)
 
 
 class LibvirtDriver(libvirt_driver.LibvirtDriver):
@@ -59,13 +61,14 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
         """See Nova. What is wrong with the pools is told to the log, later if the cluster is slow to answer."""
         super().init_host(host)
         if self._usable and CONF.libvirt.images_type == "rbd":
-            threading.Thread(target=self._keep_engine, name="nova-rbd-snap-engine", daemon=True).start()
+            threading.Thread(target=self._look_after, name="nova-rbd-snap-engine", daemon=True).start()
 
-    @classmethod
-    def _keep_engine(cls) -> None:
-        # Also where it shall take no new snapshots: what earlier ones left is looked after.
+    def _look_after(self) -> None:
+        """What earlier snapshots left, also where no new ones shall be taken."""
+        thaw_all(self)
+        process.await_identity()
         if CONF.rbd_snap.enabled:
-            cls._check()
+            self._check()
         process.engine().keep_running()
 
     @staticmethod
@@ -179,17 +182,21 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
     def _running_again(self) -> Iterator[None]:
         """A guest that Nova suspends within the block for its copy runs again after it, whatever went wrong.
 
-        Nova itself resumes it on some ways out, and leaves it suspended on the others.
+        Nova itself resumes it on some ways out, and leaves it suspended on the others. One whose server is being
+        deleted stays off: its disks and ports go.
         """
         token = _suspension.set(None)
-        all_went_well = False
+        all_went_well = is_going = False
         try:
             yield
             all_went_well = True
+        except (exception.InstanceNotFound, exception.UnexpectedDeletingTaskStateError):
+            is_going = True
+            raise
         finally:
             suspension = _suspension.get()
             _suspension.reset(token)
-            if suspension is not None:
+            if suspension is not None and not is_going:
                 try:
                     self._end(suspension)
                 except Exception as error:
@@ -262,8 +269,10 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
             LOG.warning("Nova removes the server's disks itself: %s", error.report(), instance=instance)
             super()._cleanup_rbd(instance)
             return
+        if left and instance.task_state in _REBUILDS:  # what stays would be the rebuilt server's disk
+            raise exception.NovaException(f"the server cannot be rebuilt: {'; '.join(left)}")
         for sentence in left:
-            LOG.warning("The server is deleted, but %s", sentence, instance=instance)
+            LOG.warning("The server goes, but %s", sentence, instance=instance)
 
 
 @dataclass
@@ -377,6 +386,8 @@ class _Request:
         except errors.SnapError as error:
             if not error.may_fall_back:
                 raise
+            if self.still.must_be_still():
+                raise errors.NotQuiesced(f"a copy of a suspended guest is none that was quiesced: {error}") from error
             LOG.warning(
                 "Snapshot to image %s: the guest is suspended for Nova's copy, for its disk cannot be frozen: %s",
                 self.image_id, error.report(), instance=self.instance,

@@ -38,12 +38,14 @@ class Record:
     :ivar urls: its locations as far as Glance tells, None where it hides them.
     :ivar urls_complete: these are all; ``direct_url`` alone is the one of several that Glance likes best.
     :ivar importing: a task of Glance is at work on it.
+    :ivar server: uuid of the server that it is a snapshot of, where Nova has said so.
     """
 
     status: str
     urls: Optional[tuple[str, ...]]
     urls_complete: bool
     importing: bool
+    server: Optional[str] = None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Record:
@@ -55,6 +57,7 @@ class Record:
             urls=None if urls is None else tuple(urls),
             urls_complete="locations" in data,
             importing=data["status"] == "importing" or bool(data.get("os_glance_import_task")),
+            server=data.get("instance_uuid"),
         )
 
 

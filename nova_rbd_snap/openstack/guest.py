@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import pathlib
 import threading
 import time
 import xml.etree.ElementTree as ET
@@ -16,6 +17,8 @@ from typing import Any, Callable, Optional
 
 from nova import exception
 from nova.compute import power_state
+from nova.virt.libvirt import driver as libvirt_driver
+from nova.virt.libvirt import utils as libvirt_utils
 from oslo_log import log as logging
 
 from nova_rbd_snap import errors
@@ -32,11 +35,14 @@ _STILL_SECONDS = 9.0
 _FREEZE_SECONDS = 5
 #: So much before that a snapshot must be back to count.
 _MARGIN_SECONDS = 1.0
-#: An agent that says no at once has not frozen anything.
+#: Who says no at once has not frozen anything.
 _AT_ONCE_SECONDS = 1.0
-#: How long a guest that does not let go is told to, and with which pause.
+#: After how long a guest that does not let go is told to the log.
 _THAW_SECONDS = 60
-_PAUSE_SECONDS = 1
+#: Between two attempts to thaw it: so many seconds, then twice as many, up to the last.
+_PAUSES_SECONDS = (1, 60)
+#: In a server's directory while its file systems may be frozen.
+_MARK = "nova-rbd-snap.frozen"
 #: libvirt's own: an agent's answer is waited for however long it takes (VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK).
 _AGENT_BLOCKS = -2
 
@@ -92,8 +98,13 @@ class Guest:
                 snap_before = stillness.deadline - _MARGIN_SECONDS if required else None
                 engine.perform(job_id, snap_before, functools.partial(stillness.report, report))
 
+    def must_be_still(self) -> bool:
+        """Whether the image forbids a snapshot of the guest while it is on and not quiesced."""
+        return self._is_on() and bool(self._driver._requires_quiesce(self._instance.image_meta))
+
     def _is_on(self) -> bool:
-        return self._guest.get_power_state(self._driver._host) in (power_state.RUNNING, power_state.PAUSED)
+        """Whether there is a QEMU, be the guest itself asleep or crashed."""
+        return bool(self._guest.get_power_state(self._driver._host) != power_state.SHUTDOWN)
 
     def ask(self) -> None:
         """One question to the monitor of a guest that is on. :raises errors.GuestSilent: there is no answer."""
@@ -128,7 +139,7 @@ class Guest:
             LOG.debug("The guest is not quiesced: %s", error, instance=self._instance)
             yield None
             return
-        stillness = Stillness(self._driver, self._context, self._instance, self._guest)
+        stillness = Stillness(self._driver, self._context, self._instance, self._guest, self._is_on)
         try:
             failure = stillness.begin()
             if failure and required:
@@ -148,15 +159,19 @@ class Guest:
 class Stillness:
     """A guest whose file systems are held still: from :meth:`begin` to :meth:`end`, and never for too long."""
 
-    def __init__(self, driver: Any, context: Any, instance: Any, guest: Any) -> None:
+    def __init__(
+        self, driver: Any, context: Any, instance: Any, guest: Any, is_on: Callable[[], bool]
+    ) -> None:
         self._driver = driver
         self._instance = instance
         self._arguments = (context, instance, instance.image_meta)
         self._guest = guest
+        self._is_on = is_on
         self._lock = threading.Lock()
         #: When the guest is let go at the latest, by the monotonic clock.
         self.deadline = time.monotonic() + _STILL_SECONDS
-        self._patience: float = _THAW_SECONDS
+        #: The freeze was refused before it got to the guest.
+        self._was_refused = False
         self._freezing: Optional[Call] = None
         self._ending: Optional[Call] = None
         self._timer = threading.Timer(_STILL_SECONDS, self._cut_short)
@@ -173,11 +188,12 @@ class Stillness:
             return f"the guest agent did not freeze the file systems within {_FREEZE_SECONDS} s"
         if self._freezing.error is None:
             return ""
-        if time.monotonic() - began < _AT_ONCE_SECONDS:
-            self._patience = 0
+        at_once = time.monotonic() - began < _AT_ONCE_SECONDS
+        self._was_refused = at_once and not _is_of_the_connection(self._freezing.error)
         return f"the guest's file systems cannot be frozen: {self._freezing.error}"
 
     def _freeze(self) -> None:
+        _mark(self._instance).touch()
         self._bound_agent(_FREEZE_SECONDS)
         self._driver.quiesce(*self._arguments)
 
@@ -211,29 +227,64 @@ class Stillness:
         self._bound_agent(_AGENT_BLOCKS)
 
     def _let_go(self) -> None:
-        deadline = time.monotonic() + self._patience
-        while True:
+        def thaw() -> None:
             try:
                 self._driver.unquiesce(*self._arguments)
-            except exception.InstanceNotFound:
-                return
-            except Exception as error:  # an agent that is late with the freeze blocks this one, too
-                if time.monotonic() >= deadline:
-                    if self._patience:
-                        LOG.error(
-                            "The guest may still be frozen, for its file systems cannot be thawed: %s; remedy: "
-                            "'virsh domfsthaw' on this host, or reboot the server",
-                            error, instance=self._instance,
-                        )
-                    return
-                time.sleep(_PAUSE_SECONDS)
-            else:
-                return
+            except exception.NovaException:
+                if not self._was_refused and self._is_on():
+                    raise
+
+        _insist_on(thaw, self._instance)
 
     def _bound_agent(self, seconds: int) -> None:
         """Let libvirt give the agent up after so many seconds, lest no thaw ever gets past a freeze without answer."""
         with contextlib.suppress(Exception):  # libvirt before 5.10 cannot
             self._guest._domain.agentSetResponseTimeout(seconds)
+
+
+def _insist_on(thaw: Callable[[], None], server: Any) -> None:
+    """*thaw* the guest until that is done: whoever froze it is the only one to do so, and an agent that still flushes
+    its disk for the freeze answers nothing else meanwhile."""
+    began, is_told = time.monotonic(), False
+    pause, longest = _PAUSES_SECONDS
+    while True:
+        try:
+            thaw()
+        except exception.InstanceNotFound:
+            break
+        except Exception as error:  # whatever it is may pass
+            if not is_told and time.monotonic() - began >= _THAW_SECONDS:
+                is_told = True
+                LOG.error(
+                    "The guest of server %s may be frozen, and cannot be thawed, which is tried again: %s; remedy: see "
+                    "that qemu-guest-agent runs in it, or reboot the server",
+                    server.uuid, error,
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+        else:
+            break
+    _mark(server).unlink(missing_ok=True)
+
+
+def thaw_all(driver: Any) -> None:
+    """Let go the guests that an earlier life of this nova-compute froze, and died."""
+    for guest in driver._host.list_guests():
+        if _mark(guest).exists():
+            LOG.warning("nova-compute died while the guest of server %s was frozen: it is let go", guest.uuid)
+            Call(functools.partial(_insist_on, guest.thaw_filesystems, guest))
+
+
+def _mark(server: Any) -> pathlib.Path:
+    """What tells a later life of nova-compute that the server's guest may be frozen."""
+    return pathlib.Path(libvirt_utils.get_instance_path(server), _MARK)
+
+
+def _is_of_the_connection(error: BaseException) -> bool:
+    """Whether it was libvirtd that could not be asked, so that what it did is unknown."""
+    causes = (error, error.__cause__, error.__context__)
+    domains = {cause.get_error_domain() for cause in causes if isinstance(cause, libvirt_driver.libvirt.libvirtError)}
+    return bool(domains & {libvirt_driver.libvirt.VIR_FROM_REMOTE, libvirt_driver.libvirt.VIR_FROM_RPC})
 
 
 def _root_device(domain_xml: str) -> str:

@@ -119,7 +119,11 @@ class Rbd(imagebackend.Rbd):
         # Nova's own request may still be on its way: a record that waits is watched for a while.
         timeout = CONF.rbd_snap.operation_timeout
         state = registration.observe(glance, image_id, url, timeout_seconds=timeout, waiting_seconds=timeout)
-        if state in (registration.State.WAITING, registration.State.GONE, registration.State.FOREIGN):
+        unused = (
+            registration.State.WAITING, registration.State.GONE,
+            registration.State.FOREIGN, registration.State.UPLOAD,
+        )  # fmt: skip
+        if state in unused:
             clone.give_up(process.engine(), image_id, "Glance does not use it")
         else:
             LOG.warning("Kept %s: image %s uses it, or may use it; see 'nova-rbd-snap job list'", url, image_id)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from keystoneauth1 import exceptions as ksa
@@ -17,17 +18,31 @@ from nova_rbd_snap.openstack.glance import Glance
 _SEES_ALL = "admin"
 
 
+def cloud(conf: Any, settings: Settings) -> str:
+    """Keystone's URL and the region as configured, which tell one cloud's Glance from another's; asks nobody."""
+    _register(conf, settings.auth_section)
+    url = ""
+    with contextlib.suppress(ksa.ClientException, cfg.Error, ValueError):  # whoever needs the credentials tells
+        auth = loading.load_auth_from_conf_options(conf, settings.auth_section)
+        url = getattr(auth, "auth_url", None) or ""
+    return " ".join(filter(None, (url.rstrip("/"), conf.glance.region_name)))
+
+
+def _register(conf: Any, section: str) -> None:
+    loading.register_auth_conf_options(conf, section)
+    loading.register_session_conf_options(conf, section)
+    loading.register_session_conf_options(conf, "glance")
+    loading.register_adapter_conf_options(conf, "glance")
+    conf.register_opt(cfg.ListOpt("api_servers"), group="glance")
+
+
 def glance_as_service(conf: Any, settings: Settings) -> Glance:
     """Glance as the user of section [rbd_snap] auth_section.
 
     :raises errors.NotAuthorized: the section has no usable credentials, or they do not see every image.
     """
     section = settings.auth_section
-    loading.register_auth_conf_options(conf, section)
-    loading.register_session_conf_options(conf, section)
-    loading.register_session_conf_options(conf, "glance")
-    loading.register_adapter_conf_options(conf, "glance")
-    conf.register_opt(cfg.ListOpt("api_servers"), group="glance")
+    _register(conf, section)
     # Nova's own defaults.
     conf.set_default("service_type", "image", group="glance")
     conf.set_default("valid_interfaces", ["internal", "public"], group="glance")

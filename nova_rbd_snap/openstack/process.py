@@ -6,11 +6,17 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import threading
+import time
 import uuid
 from typing import Optional
 
 import nova.conf
 from oslo_log import log as logging
+
+try:
+    from nova.virt import node
+except ImportError:  # Nova before 27 gives hosts no id
+    node = None
 
 from nova_rbd_snap import conf
 from nova_rbd_snap.engine.client import EngineClient
@@ -23,6 +29,8 @@ conf.register(CONF)
 #: that is (``docs/design/ceph.rst``). An engine that shows no progress for longer is stuck.
 _PATIENCE_FACTOR = 5
 _LEAST_PATIENCE_SECONDS = 90
+#: How long nova-compute may take for its very first start: it waits for the conductor.
+_IDENTITY_SECONDS = 600
 
 _lock = threading.Lock()
 _client: Optional[EngineClient] = None
@@ -53,18 +61,25 @@ def _config_arguments() -> list[str]:
     return files + folders
 
 
+def await_identity() -> None:
+    """Return once Nova has given this host its id, which it does on its very first start, after the driver's.
+
+    Jobs bear that id, and a life that went by another would leave what no later one takes for its own.
+    """
+    deadline = time.monotonic() + _IDENTITY_SECONDS
+    while node is not None and not node.read_local_node_uuid() and time.monotonic() < deadline:
+        time.sleep(1)
+
+
 def _machine() -> str:
     """What tells this machine from another of the same host name, in another cloud or cell on the same pool."""
-    found = ""
-    with contextlib.suppress(ImportError):  # Nova before 27 has no such id
-        from nova.virt import node
-
-        found = node.read_local_node_uuid() or ""
+    found = node.read_local_node_uuid() if node is not None else None
     if found:
         return str(found)
+    found = ""
     with contextlib.suppress(OSError):
         found = pathlib.Path("/etc/machine-id").read_text(encoding="ascii").strip()
-    if not found:
+    if found in ("", "uninitialized"):
         # Better nobody's than also another's: what this life leaves, no later one will take for its own.
         LOG.warning("This machine has no id (/etc/machine-id): jobs that nova-compute leaves stay in the ledger")
         return str(uuid.uuid4())

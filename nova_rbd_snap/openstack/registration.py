@@ -39,7 +39,8 @@ class State(enum.Enum):
     COMING = "a task of Glance is at work on it"
     WAITING = "the record waits for data"
     GONE = "the record is deleted"
-    FOREIGN = "the record has, or gets, other data"
+    FOREIGN = "the record has other data"
+    UPLOAD = "other data is on its way to the record"
 
 
 def judge(record: Record, url: str) -> Optional[State]:
@@ -58,7 +59,8 @@ def judge(record: Record, url: str) -> Optional[State]:
         return State.FOREIGN if record.urls_complete else None
     if record.importing or (record.status == "queued" and url in (record.urls or ())):
         return State.COMING
-    return State.WAITING if record.status == "queued" else State.FOREIGN
+    waits = {"queued": State.WAITING, "saving": State.UPLOAD, "uploading": State.UPLOAD}
+    return waits.get(record.status, State.FOREIGN)
 
 
 def register(
@@ -103,7 +105,7 @@ def _failure(
     """What *refusal* comes to, now that the record was read; None where nothing is certain."""
     if state is State.GONE:
         return errors.RecordGone(f"image {image_id} was deleted meanwhile")
-    if state is State.FOREIGN:
+    if state in (State.FOREIGN, State.UPLOAD):
         return errors.NotQueued(f"image {image_id}: {state.value}")
     if state is not State.WAITING or isinstance(refusal, errors.GlanceSilent):
         return None
@@ -129,7 +131,8 @@ def observe(
 
     :param waiting_seconds: how long WAITING must last to be believed.
     """
-    lasting = {State.GONE: _GONE_SECONDS, State.FOREIGN: _GONE_SECONDS, State.WAITING: waiting_seconds}
+    lasting = {State.WAITING: waiting_seconds}
+    lasting |= dict.fromkeys((State.GONE, State.FOREIGN, State.UPLOAD), _GONE_SECONDS)
     began, pause = clock(), 0.05
     state, since = look(glance, image_id, url), began
     while state is not State.HELD:
@@ -181,14 +184,17 @@ def settle(
     glance: Glance,
     image_id: str,
     url: str,
+    server: str,
     *,
     timeout_seconds: float,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Optional[bool]:
-    """Whether the record points at *url* once whoever registered it is dead; None where that cannot be known.
+    """Whether the record points at *url* once whoever registered it is dead; None where that cannot be known yet.
 
-    A record that still waits is deleted first: a request that is on its way somewhere can then no longer reach it.
+    A record that still waits is deleted first: a request that is on its way somewhere can then no longer reach it. Only
+    one of a snapshot of *server* is: anybody who may write to the pool may have written down that it is a job's. And an
+    upload that is broken off ends in a record that waits again.
 
     :param glance: as a user who sees every project's images; to another, a record it may not see looks deleted.
     """
@@ -198,7 +204,8 @@ def settle(
     state = watch()
     if state is State.WAITING:
         with contextlib.suppress(errors.GlanceError):
-            glance.delete(image_id)
+            if glance.record(image_id).server == server:
+                glance.delete(image_id)
         state = watch()
     return {State.HELD: True, State.GONE: False, State.FOREIGN: False}.get(state) if state else None
 
@@ -228,5 +235,5 @@ class Images:
     def uses(self, image_id: str, url: str) -> Optional[bool]:
         return uses(self._connect(), image_id, url)
 
-    def settle(self, image_id: str, url: str) -> Optional[bool]:
-        return settle(self._connect(), image_id, url, timeout_seconds=self._timeout_seconds)
+    def settle(self, image_id: str, url: str, server: str) -> Optional[bool]:
+        return settle(self._connect(), image_id, url, server, timeout_seconds=self._timeout_seconds)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Protocol
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.ceph.interface import Cluster
+from nova_rbd_snap.ceph.interface import Cluster, OnProgress
 from nova_rbd_snap.engine import Report, unheard
 from nova_rbd_snap.ledger.job import Job
 from nova_rbd_snap.ledger.store import Ledger
@@ -39,6 +39,16 @@ class Run:
     cancelled: Callable[[], bool] = lambda: False
     orphaned: Callable[[], bool] = lambda: False
     too_late: Callable[[], bool] = lambda: False
+
+
+    def tell(self, doing: str) -> OnProgress:
+        """Reports the progress of one call."""
+
+        def on_progress(done: int, total: int) -> bool:
+            self.report(doing, done, total)
+            return True
+
+        return on_progress
 
 
 class Step(Protocol):
@@ -106,8 +116,8 @@ def close(job: Job, failures: Mapping[str, str], ledger: Ledger) -> list[str]:
     sentences = [f"{step}: {text}" for step, text in failures.items()]
     try:
         _close(job, next(iter(failures), job.step), sentences, ledger)
-    except errors.SnapError as error:
-        sentences.append(f"ledger: {error}")
+    except Exception as error:  # lest it hide what led here
+        sentences.append(f"ledger: {errors.known(error)}")
     if tuple(sentences) != job.failures and list(failures) != [RECORD]:
         for sentence in sentences:
             LOG.warning("Job %s: could not undo %s", job.id, sentence)

@@ -8,6 +8,7 @@ the least that stand between the tenant and the image (``docs/design/clone.rst``
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable
@@ -19,6 +20,8 @@ from nova_rbd_snap.ceph.interface import SnapInfo
 from nova_rbd_snap.ledger.job import CLONE, FREEZE, Job
 from nova_rbd_snap.snapshot.saga import RECORD, Run, Step
 from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, SnapSpec
+
+LOG = logging.getLogger(__name__)
 
 #: Name of the point after the last step: the image awaits its registration with Glance, or the frozen snapshot its
 #: reader. What follows is not the saga's to decide.
@@ -93,7 +96,7 @@ class Clone:
             elif dest.name not in run.cluster.images(dest.pool):
                 return
             # A name that is free but listed: somebody died while removing it, and librbd goes on from there.
-            run.cluster.remove(dest)
+            run.cluster.remove(dest, run.tell("undo clone"))
 
         with contextlib.suppress(errors.Missing):
             when_free(run, "undo clone", remove, _dest(job))
@@ -151,7 +154,10 @@ class Seal:
             removed = beside.submit(_remove_frozen, job, run)
             run.cluster.create_snap(snap)
             run.cluster.protect_snap(snap)
-        removed.result()
+        try:
+            removed.result()
+        except errors.HolderSilent as error:  # it goes when the job does, and the image is good without
+            LOG.warning("Job %s: the snapshot of the disk is removed later: %s", job.id, error)
         return {}
 
     def undo(self, job: Job, run: Run) -> None:
@@ -180,8 +186,15 @@ def is_unfinished(job: Job, run: Run) -> bool:
 
 
 def _remove_frozen(job: Job, run: Run) -> None:
-    """Remove the snapshot of the disk, and see that it is gone: "not found" from a removal proves nothing."""
-    for snap in _frozen(job, run):
+    """Remove the snapshot of the disk, and see that it is gone: "not found" from a removal proves nothing.
+
+    :raises errors.HolderSilent: the guest may be frozen, and would lose its disk.
+    """
+    found = _frozen(job, run)
+    if not found:
+        return
+    run.cluster.ask_holder(job.disk)
+    for snap in found:
         remove_snap(job.snap, snap, run)
     if _frozen(job, run):
         raise errors.CephError(f"{job.snap} was removed, but is still there")
@@ -216,6 +229,11 @@ _SEQUENCES: dict[tuple[str, int], Sequence[Step]] = {
 def sequence(job: Job) -> Sequence[Step]:
     """The steps of *job*, in order; :data:`READY` follows the last."""
     return _SEQUENCES[job.kind, job.clone_format]
+
+
+def lets_go(job: Job) -> bool:
+    """Whether the job needs the disk no more, and nothing of it is there."""
+    return job.step == RECORD or (job.kind, job.step) == (CLONE, READY)
 
 
 def started(job: Job) -> Sequence[Step]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, NoReturn, Optional, Union
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo, one_client
+from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo, always_on, one_client
 from nova_rbd_snap.specs import ImageSpec, SnapSpec
 
 #: Size of one object of an rbd image; content is kept per object.
@@ -68,6 +68,8 @@ class _Image:
     half: Optional[str] = None
     # How many attempts to remove it find it open somewhere.
     busy: float = 0
+    # Who has it open does not answer: frozen, or dead.
+    holder_is_silent: bool = False
 
     def parents(self) -> set[_Snap]:
         """The snapshots that its head and its own snapshots depend on."""
@@ -217,6 +219,10 @@ class FakeCluster:
         """Let somebody have the rbd image open for that many attempts to remove it."""
         self._open(spec).busy = attempts
 
+    def freeze_holder(self, spec: ImageSpec, frozen: bool = True) -> None:
+        """Let who has the rbd image open be silent, or answer again."""
+        self._open(spec).holder_is_silent = frozen
+
     def fill(self, pool: str, full: bool = True) -> None:
         """Use up the pool's quota, or make room again."""
         self._state.pools[pool].full = full
@@ -359,6 +365,11 @@ class FakeCluster:
         raise errors.Missing(f"no snapshot {snap_id} of {image}")
 
     @_call
+    def ask_holder(self, image: ImageSpec) -> None:
+        if self._open(image).holder_is_silent:
+            raise errors.HolderSilent(f"who has {image} open does not answer")
+
+    @_call
     def create_snap(self, snap: SnapSpec) -> int:
         image = self._open(snap.image)
         if any(other.name == snap.name and not other.trashed for other in image.snaps):
@@ -447,7 +458,7 @@ class FakeCluster:
             self._detached(before - found.parents())
 
     @_call
-    def remove(self, image: ImageSpec) -> None:
+    def remove(self, image: ImageSpec, on_progress: OnProgress = always_on) -> None:
         pool = self._pool(image.pool)
         found = pool.images.get(image.name)
         if found is None:
@@ -458,6 +469,7 @@ class FakeCluster:
             found.busy -= 1
             raise errors.Busy(f"{image} is open somewhere")
         self._make_trash(image)
+        on_progress(found.object_count, found.object_count)
         del pool.images[image.name]
         self._detached(found.parents())
 

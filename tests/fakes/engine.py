@@ -69,7 +69,8 @@ class FakeImages:
     def uses(self, image_id: str, url: str) -> Optional[bool]:
         return self._answer(image_id, url, self.uses_it)
 
-    def settle(self, image_id: str, url: str) -> Optional[bool]:
+    def settle(self, image_id: str, url: str, server: str) -> Optional[bool]:
+        assert server == SERVER
         return self._answer(image_id, url, self.settles_as)
 
     def _answer(self, image_id: str, url: str, answer: Optional[bool]) -> Optional[bool]:
@@ -85,6 +86,7 @@ def make_engine(
     host: str = "compute-1",
     machine: str = "machine-1",
     life: str = "life-1",
+    cloud: str = "",
     held: Iterable[str] = (),
     images: Optional[Images] = None,
     connect: Optional[Callable[[], FakeCluster]] = None,
@@ -108,7 +110,7 @@ def make_engine(
     settings = Settings(**{**values, **options})
     return Engine(
         settings,
-        functools.partial(Owner, host, machine, life),
+        functools.partial(Owner, host, machine, life, cloud=cloud),
         held=held,
         connect=connect or cluster.another,
         images=images or FakeImages(),

@@ -34,6 +34,7 @@ from tests.fakes.sweep import (
 )
 
 SECRET = "hunter2-is-a-secret"
+CLOUD = "http://127.0.0.1:1/v3"
 NOVA_CONF = f"""
 [libvirt]
 images_rbd_pool = vms
@@ -43,7 +44,7 @@ glance_pool = images
 operation_timeout = 5
 [service_user]
 auth_type = password
-auth_url = http://127.0.0.1:1/v3
+auth_url = {CLOUD}
 username = nova
 password = {SECRET}
 project_name = service
@@ -189,6 +190,15 @@ def test_interrupted(shell: Shell) -> None:
     assert len(shell.world.cluster.snaps(DISK)) == 1
 
 
+def test_mistake_of_ours_amid_a_sweep(shell: Shell) -> None:
+    """What was done until then is told."""
+    ours_without_a_record(shell.world)
+    shell.world.cluster.fail_on("remove_snap_by_id", ZeroDivisionError, nth=2)
+    assert shell("sweep", "-f", "json") == 1
+    assert [row["Action"] for row in shell.rows()] == ["removed"]
+    assert "ZeroDivisionError" in shell.err
+
+
 def test_without_credentials(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     """The images are kept with that reason, the rest is swept; nothing secret is printed, however talkative."""
     monkeypatch.undo()
@@ -229,6 +239,7 @@ def test_jobs_are_listed(shell: Shell) -> None:
         "Step": "ready",
         "Disk": str(DISK),
         "Host": "compute-1",
+        "Cloud": "",
         "Client": client,
         "Hours": round(NOW / HOUR, 1),
         "Left": "",
@@ -262,14 +273,16 @@ class Glances:
 
     def __init__(self, uses: Optional[bool]) -> None:
         self.uses = lambda image_id, url: uses
-        self.settle = self.uses
+        self.settle = lambda image_id, url, server: uses
 
 
-def left_by_another_host(shell: Shell, monkeypatch: pytest.MonkeyPatch, uses: Optional[bool]) -> FakeCluster:
+def left_by_another_host(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, uses: Optional[bool], cloud: str = CLOUD
+) -> FakeCluster:
     """A clone that awaits its registration and a frozen disk; returns the connection of the engine that made them."""
     monkeypatch.setattr("nova_rbd_snap.openstack.registration.Images", lambda *more: Glances(uses))
     dead = shell.world.cluster.another()
-    engine = make_engine(shell.world.cluster, host="dead", connect=lambda: dead)
+    engine = make_engine(shell.world.cluster, host="dead", cloud=cloud, connect=lambda: dead)
     clone(engine)
     freeze(engine)
     return dead
@@ -298,6 +311,29 @@ def test_jobs_that_stay(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     # Given back: its own nova-compute may know more one day.
     assert Ledger(shell.world.cluster, "vms").load(DEST.name).owner.host == "dead"
     assert all(row["Why"] for row in shell.rows())
+
+
+def test_jobs_of_another_cloud_are_not_ended(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This one's Glance says truly that it knows no such image; unless they are said to be this one's, after all."""
+    before = shell.world.cluster.picture()
+    left_by_another_host(shell, monkeypatch, uses=False, cloud="http://elsewhere/v3 West")
+    left = shell.world.cluster.picture()
+    assert shell("job", "reclaim", DEST.name, COPY, "-f", "json") == 1
+    assert {row["Action"] for row in shell.rows()} == {"kept"}
+    assert "http://elsewhere/v3 West" in shell.rows()[0]["Why"]
+    assert shell.world.cluster.picture() == left
+    assert shell.world.cluster.fenced == set()
+    assert shell("job", "reclaim", "--cloud", "http://elsewhere/v3 West", DEST.name, COPY) == 0
+    assert shell.world.cluster.picture() == before
+
+
+def test_operator_who_loses_patience_gives_the_job_back(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was done until then is told."""
+    left_by_another_host(shell, monkeypatch, uses=False)
+    shell.world.cluster.fail_on("unprotect_snap", KeyboardInterrupt)
+    assert shell("job", "reclaim", COPY, DEST.name, "-f", "json") == 1
+    assert [(row["ID"], row["Action"]) for row in shell.rows()] == [(COPY, "ended")]
+    assert Ledger(shell.world.cluster, "vms").load(DEST.name).owner.host == "dead"
 
 
 def test_no_job_is_named(shell: Shell) -> None:

@@ -10,7 +10,7 @@ import pytest
 from nova_rbd_snap import errors
 from nova_rbd_snap.specs import ImageSpec
 from tests.fakes.cluster import FakeCluster
-from tests.fakes.engine import DEST, DISK, SERVER, freeze, make_engine, populated
+from tests.fakes.engine import DEST, DISK, SERVER, Reports, clone, freeze, in_thread, make_engine, populated
 
 STOCK = DISK.snap("0123456789abcdef" * 2)
 OURS = DISK.snap("nova-rbd-snap-22222222-2222-4222-8222-222222222299")
@@ -48,6 +48,51 @@ def test_disks_go_with_stray_snapshots(make: Callable[[FakeCluster], None]) -> N
     assert make_engine(cluster).remove_disks(SERVER) == []
     assert sorted(cluster.images("vms")) == sorted([others.name, looks_alike.name])
     assert cluster.picture()["images"] == images
+
+
+def test_snapshot_goes_meanwhile() -> None:
+    """Another engine undoes its job just then: the disk goes all the same."""
+    cluster = populated()
+    cluster.create_snap(OURS)
+    cluster.do_on("children", lambda *args: cluster.remove_snap(OURS))
+    assert make_engine(cluster).remove_disks(SERVER) == []
+    assert not cluster.exists(DISK)
+
+
+def test_own_job_that_does_not_let_go() -> None:
+    """Fails the deletion, which can be repeated: of a server that is gone nobody would remove the disk."""
+    cluster, report = populated(), Reports(hold_at="flatten")
+    engine = make_engine(cluster, operation_timeout=0)
+    working = in_thread(clone, engine, report)
+    assert report.reached.wait(30)
+    assert engine.cancel(SERVER) == []
+    with pytest.raises(errors.StillAtWork) as caught:
+        engine.remove_disks(SERVER)
+    assert not caught.value.may_fall_back
+    report.go_on.set()
+    with pytest.raises(errors.Cancelled):
+        working.result(30)
+    assert engine.remove_disks(SERVER) == []
+    assert not cluster.exists(DISK)
+
+
+@pytest.mark.parametrize("call", ["snaps", "children", "remove"])
+def test_silent_cluster_fails_the_deletion(call: str) -> None:
+    """At once, whichever disk it is about: the deletion can be repeated."""
+    cluster = populated()
+    cluster.create_snap(OURS)
+    cluster.fail_on(call, errors.Unreachable)
+    with pytest.raises(errors.Unreachable):
+        make_engine(cluster).remove_disks(SERVER)
+    assert make_engine(cluster).remove_disks(SERVER) == []
+
+
+def test_holder_of_a_deleted_servers_disk_is_not_asked() -> None:
+    """Its guest is dead, and may have left its lock."""
+    cluster = populated()
+    cluster.create_snap(OURS)
+    cluster.freeze_holder(DISK)
+    assert make_engine(cluster).remove_disks(SERVER) == []
 
 
 def operators(cluster: FakeCluster) -> None:

@@ -185,6 +185,7 @@ HOSTILE = {
     "a snapshot without a number": {"snap_id": "1"},
     "a pool without a name": {"dest": {"pool": 7, "name": JOB.id}},
     "failures without words": {"failures": [1]},
+    "a time that no clock shows": {"created": 10**400},
 }
 
 
@@ -195,6 +196,16 @@ def test_hostile_record(cluster: FakeCluster, ledger: Ledger, changes: dict[str,
     cluster.omap_replace("vms", OBJECT, record["id"], None, json.dumps(record))
     assert ledger.read().jobs == []
     assert list(ledger.read().strange) == [record["id"]]
+
+
+def test_record_without_an_end(cluster: FakeCluster, ledger: Ledger) -> None:
+    """Is in nobody's way."""
+    ledger.reserve(JOB)
+    cluster.omap_replace("vms", OBJECT, ANOTHER, None, "[" * 100_000)
+    assert ledger.load(JOB.id) == JOB
+    assert list(ledger.read().strange) == [ANOTHER]
+    with pytest.raises(errors.NoRecord, match="never touched"):
+        ledger.load(ANOTHER)
 
 
 def test_record_under_another_key(cluster: FakeCluster, ledger: Ledger) -> None:

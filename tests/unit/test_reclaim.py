@@ -168,13 +168,44 @@ def test_frozen_snapshots_come_first() -> None:
     clone(engine)
     freeze(engine)
 
-    def settle(image_id: str, url: str) -> bool:
+    def settle(image_id: str, url: str, server: str) -> bool:
         assert cluster.snaps(DISK) == []
         return False
 
     images.settle = settle  # type: ignore[method-assign]
     make_engine(cluster, life="life-2", images=images).reclaim()
     assert jobs(cluster) == []
+
+
+def test_no_snapshot_waits_for_the_word_about_another() -> None:
+    """Glance is asked once all has been done that needs no word of it."""
+    cluster, images = populated(), FakeImages()
+    engine = make_engine(cluster)
+    for number in range(3):
+        freeze(engine, f"22222222-2222-4222-8222-00000000000{number}-copy")
+
+    def settle(image_id: str, url: str, server: str) -> bool:
+        assert cluster.snaps(DISK) == []
+        return False
+
+    images.settle = settle  # type: ignore[method-assign]
+    make_engine(cluster, life="life-2", images=images).reclaim()
+    assert jobs(cluster) == []
+
+
+def test_machine_that_changed_its_id_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Of this host's name, but not of this machine: left alone, and told once; of another cloud's nothing is said."""
+    cluster = populated()
+    freeze(make_engine(cluster, machine="machine-0"))
+    clone(make_engine(cluster, cloud="elsewhere"))
+    left = cluster.picture()
+    engine = make_engine(cluster, life="life-2", images=FakeImages(False, False))
+    with caplog.at_level(logging.WARNING):
+        engine.reclaim()
+        engine.reclaim()
+    (record,) = caplog.records
+    assert "machine-0" in record.getMessage()
+    assert cluster.picture() == left
 
 
 def test_glance_that_cannot_be_asked_is_named(caplog: pytest.LogCaptureFixture) -> None:

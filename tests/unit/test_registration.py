@@ -14,6 +14,7 @@ from nova_rbd_snap.openstack.registration import State, judge, register, settle
 from tests.fakes.glance import Answer, FakeImageService, Fault
 
 IMAGE = "05261e6b-9813-4bda-8a5d-74f443e44679"
+SERVER = "11111111-1111-4111-8111-111111111111"
 URL = f"rbd://fsid/images/{IMAGE}/snap"
 PROPERTIES = {"disk_format": "raw", "container_format": "bare", "kernel_id": None}
 
@@ -249,7 +250,9 @@ def test_silence_before_anything_was_asked_for(service: FakeImageService) -> Non
         ("active", ("rbd://a/b/c/d",), False, State.FOREIGN),
         ("active", (), False, State.COMING),
         ("deactivated", (URL,), False, State.HELD),
-        ("saving", (), False, State.FOREIGN),
+        ("saving", (), False, State.UPLOAD),
+        ("uploading", (), False, State.UPLOAD),
+        ("killed", (), False, State.FOREIGN),
         ("deleted", (), False, State.GONE),
         ("pending_delete", (URL,), False, State.GONE),
     ],
@@ -263,17 +266,23 @@ def test_judge(status: str, locations: Optional[tuple[str, ...]], importing: boo
     ("change", "known"),
     [
         (lambda s: s.add(IMAGE, status="active", locations=[{"url": URL}]), True),
-        (lambda s: s.add(IMAGE), False),
+        (lambda s: s.add(IMAGE, instance_uuid=SERVER), False),
+        (lambda s: s.add(IMAGE), None),
+        (lambda s: s.add(IMAGE, instance_uuid=IMAGE), None),
+        (lambda s: s.add(IMAGE, status="saving"), None),
         (lambda s: None, False),
         (lambda s: s.faults.append(Fault("get", 503)), None),
-        (lambda s: s.add(IMAGE) and s.faults.append(Fault("delete", 403)), None),
+        (lambda s: s.add(IMAGE, instance_uuid=SERVER) and s.faults.append(Fault("delete", 403)), None),
         (lambda s: s.add(IMAGE, status="importing"), None),
     ],
-    ids=["active", "waiting", "gone", "silent", "waiting and not ours to delete", "a task at work"],
+    ids=[
+        "active", "waiting", "not of a server", "of another server", "upload", "gone", "silent",
+        "waiting and not ours to delete", "a task at work",
+    ],
 )
 def test_settle(change: Callable[[FakeImageService], None], known: Optional[bool]) -> None:
     """After nova-compute died: known is only what can no longer change; a waiting record is deleted to know it."""
     service = FakeImageService()
     change(service)
-    assert settle(glance(service), IMAGE, URL, **Time().options()) is known
+    assert settle(glance(service), IMAGE, URL, SERVER, **Time().options()) is known
     assert (service.records.get(IMAGE, {}).get("status") == "queued") <= (known is None)

@@ -353,6 +353,114 @@ def test_client_that_is_cut_off(clone_format: int, call: str, again: bool) -> No
     assert cluster.picture() == before
 
 
+class Engines:
+    """An engine whose connections a test can see.
+
+    :ivar connections: in the order they were made.
+    """
+
+    def __init__(self, cluster: FakeCluster, **options: Any) -> None:
+        self.connections: list[FakeCluster] = []
+        self._cluster = cluster
+        self.engine = make_engine(cluster, connect=self._connect, **options)
+
+    def _connect(self) -> FakeCluster:
+        self.connections.append(self._cluster.another())
+        return self.connections[-1]
+
+
+def test_connection_is_replaced_between_reservation_and_work() -> None:
+    """The record names the client that works, so that this is the one which a later life cuts off."""
+    cluster = populated()
+    before = cluster.picture()
+    these, report = Engines(cluster), Reports(hold_at="flatten")
+    these.engine.reserve_clone(DEST.name, DISK.name, DEST.pool)
+    these.connections[0].blocklisted = True
+    assert these.engine.describe(DISK.name)["pool"] == DISK.pool  # whoever asks first notices
+    working = in_thread(these.engine.perform, DEST.name, None, report)
+    assert report.reached.wait(BOUND_SECONDS)
+    assert Ledger(cluster, "vms").load(DEST.name).owner.client == these.connections[1].address()
+    make_engine(cluster, life="life-2", images=FakeImages(settles_as=False)).reclaim()
+    assert these.connections[1].blocklisted
+    assert cluster.picture() == before
+    report.go_on.set()
+    with pytest.raises(errors.Blocklisted):
+        working.result(BOUND_SECONDS)
+    assert cluster.picture() == before
+
+
+def test_two_at_work_are_cut_off_at_once() -> None:
+    """The second to notice does not drop the connection that the first has replaced, and whose work goes on."""
+    cluster = populated()
+    before = cluster.picture()
+    these = Engines(cluster)
+    names, reports = (image(1), image(2)), (Reports(hold_at="flatten"), Reports(hold_at="flatten"))
+    working = [in_thread(clone, these.engine, report, name) for name, report in zip(names, reports)]
+    assert all(report.reached.wait(BOUND_SECONDS) for report in reports)
+    these.connections[0].blocklisted = True
+    for report, work in zip(reports, working):
+        report.go_on.set()
+        with pytest.raises(errors.Blocklisted) as caught:
+            work.result(BOUND_SECONDS)
+        assert caught.value.undo_failures == []
+    assert len(these.connections) == 2
+    assert not these.connections[1].blocklisted
+    assert cluster.picture() == before
+
+
+@formats
+def test_guest_that_is_silent_keeps_its_disk(clone_format: int) -> None:
+    """A frozen one would lose it to a change of its snapshots: the image is made, and the snapshot goes later."""
+    cluster = populated(clone_format)
+    before = cluster.picture()
+    engine, report = make_engine(cluster), Reports(hold_at="flatten")
+    working = in_thread(clone, engine, report)
+    assert report.reached.wait(BOUND_SECONDS)
+    cluster.freeze_holder(DISK)
+    report.go_on.set()
+    working.result(BOUND_SECONDS)
+    with pytest.raises(errors.SnapError) as caught:
+        engine.finish(DEST.name)
+    assert "does not answer" in caught.value.report()
+    made = cluster.picture()["images"]
+    engine.reclaim()
+    assert len(cluster.snaps(DISK)) == 1
+    cluster.freeze_holder(DISK, frozen=False)
+    engine.reclaim()
+    assert cluster.picture() == {**before, "images": made}
+    assert cluster.content(DEST) == FROZEN
+
+
+def test_frozen_snapshot_of_a_silent_guest_stays_for_now() -> None:
+    """It is undone once the guest answers."""
+    cluster = populated()
+    before = cluster.picture()
+    engine = make_engine(cluster)
+    freeze(engine)
+    cluster.freeze_holder(DISK)
+    with pytest.raises(errors.SnapError):
+        engine.rollback(COPY)
+    assert len(cluster.snaps(DISK)) == 1
+    cluster.freeze_holder(DISK, frozen=False)
+    engine.reclaim()
+    assert cluster.picture() == before
+
+
+def test_nobody_is_cut_off_for_a_record_alone() -> None:
+    """All that is left of a job is a record of Glance's: its engine may be at work on others."""
+    cluster = populated()
+    these = Engines(cluster, images=FakeImages(settles_as=None))
+    freeze(make_engine(cluster, life="life-0"))
+    these.engine.reclaim()
+    assert Ledger(cluster, "vms").load(COPY).step == "record"
+    assert Ledger(cluster, "vms").load(COPY).owner.client == these.connections[0].address()
+    other = make_engine(cluster, host="compute-2", images=FakeImages(settles_as=False))
+    assert other.cancel(SERVER) == []
+    other.end(COPY)
+    assert not these.connections[0].blocklisted
+    assert records(cluster) == {}
+
+
 def test_check_names_option_and_remedy() -> None:
     """Pools that do not exist and pools without rights are told by the option that names them; else nothing is said."""
     cluster = populated()
@@ -615,7 +723,7 @@ def test_settle_goes_on_after_trouble(trouble: type[Exception]) -> None:
     cluster, images = populated(), FakeImages(settles_as=False)
     before = cluster.picture()
 
-    def settle(image_id: str, url: str) -> bool:
+    def settle(image_id: str, url: str, server: str) -> bool:
         if image_id == image(1):
             raise trouble("no answer")
         return False
