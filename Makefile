@@ -10,14 +10,14 @@ demo: lab            ## a real snapshot on real servers, side by side with stock
 	lab/lab exec 31 python3 /src/demo/demo.py
 
 test:                ## every suite, on real servers; ends with the sum of all
-	$(PYTHON) tests/run
+	$(PYTHON) -m tests.run
 
 test-unit: $(VENV)/ready   ## seconds, with neither Ceph nor Nova
 	$(VENV)/bin/python -m pytest tests/unit tests/faults
 
 fault-report: lab $(VENV)/ready   ## the whole fault matrix; prints a table and writes build/fault-report.json
 	lab/lab up 34
-	$(PYTHON) tests/fault_report.py
+	$(VENV)/bin/python -m tests.fault_report
 
 style: $(VENV)/ready
 	$(VENV)/bin/ruff check .

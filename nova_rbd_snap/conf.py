@@ -77,14 +77,15 @@ OPTIONS = [
         "reclaim_interval",
         default=60,
         min=1,
-        help="Seconds between two looks at what earlier snapshots could not finish or undo, which is then ended. It "
-        "costs one read of the ledger.",
+        help="Seconds between two looks at what earlier snapshots could not finish or undo; what can be ended is. A "
+        "look costs one read of the ledger.",
     ),
     cfg.StrOpt(
         "auth_section",
         default="service_user",
-        help="Section with the keystone credentials that are used where no user's token is at hand: to re-read "
-        "an image record, or delete it, after nova-compute died.",
+        help="Section with the keystone credentials that are used where no user's token is at hand: to look at image "
+        "records, and delete those that would wait for ever, for jobs in doubt or left by a nova-compute that died, "
+        "and for 'nova-rbd-snap sweep'. Their user needs the role admin, to see every project's images.",
     ),
 ]
 

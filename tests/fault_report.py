@@ -1,6 +1,6 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Run the whole fault matrix, on fakes and on real servers, and every point of death; print what came of it.
+"""Run the whole fault matrix, on fakes and on real servers, and every point of death; print what came of it:
+``python3 -m tests.fault_report``.
 
 Each cell of these suites writes what it found to one log (``tests/faults/recording.py``). One that began and has no end
 was broken off, and has failed. The figures go to ``build/fault-report.json``. The lab must be up, nobody else in it.
@@ -9,20 +9,20 @@ was broken off, and has failed. The figures go to ``build/fault-report.json``. T
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Callable, Optional
 
-REPO = Path(__file__).resolve().parent.parent
+from tests import suite
+from tests.faults.recording import LOG_VARIABLE, Cell
+from tests.suite import REPO, end_to_end, inside
+
 LOGS = REPO / "build" / "faults"
 CELLS = LOGS / "cells.jsonl"
 REPORT = REPO / "build" / "fault-report.json"
-VARIABLE = "NOVA_RBD_SNAP_FAULT_LOG"
-LONGEST_SECONDS = 60 * 60
 
 Found = dict[str, Any]
 
@@ -65,9 +65,15 @@ def figures(found: list[Found]) -> dict[str, Any]:
         "real_cells": sum(cell["real"] for cell in found),
         "kill_points": sum(cell["real"] and cell["kill"] for cell in found),
         "leftovers": sum(cell["leftovers"] for cell in found),
-        "longest_wait_seconds": round(max((cell["wait_seconds"] for cell in found), default=0.0), 1),
-        "guest_suspensions": sum(cell["guest_suspensions"] for cell in found),
+        "longest_wait_seconds": _of_known(lambda waits: round(max(waits), 1), found, "wait_seconds"),
+        "guest_suspensions": _of_known(sum, found, "guest_suspensions"),
     }
+
+
+def _of_known(function: Callable[[list[Any]], Any], found: list[Found], name: str) -> Optional[Any]:
+    """Of what is known of some cells; None where it is of none: there was no guest, or no request ended."""
+    known = [cell[name] for cell in found if cell[name] is not None]
+    return function(known) if known else None
 
 
 def is_good(found: list[Found]) -> bool:
@@ -76,58 +82,53 @@ def is_good(found: list[Found]) -> bool:
     return total["passed"] == total["cells"] > 0 and not total["leftovers"] and not total["guest_suspensions"]
 
 
-class Suite:
+class Suite(suite.Suite):
     """One command whose tests are cells."""
 
     def __init__(self, name: str, command: str) -> None:
-        self.name = name
-        self.command = command
+        super().__init__(name, command, LOGS)
 
     def run(self) -> list[Found]:
         """Run it to its end; returns what its cells came to."""
         CELLS.unlink(missing_ok=True)
-        log = LOGS / f"{self.name.replace(' ', '-')}.log"
-        with log.open("w") as out:
-            command = ["timeout", "--kill-after=30", str(LONGEST_SECONDS), "sh", "-c", self.command]
-            code = subprocess.run(command, cwd=REPO, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
+        code = self.execute()
         found = outcomes(CELLS.read_text().splitlines() if CELLS.exists() else [])
         if not found or (code and is_good(found)):
             # There are cells that never began, or something else went wrong: it shall not pass unseen.
-            found.append({**dict.fromkeys(("real", "kill", "leftovers", "wait_seconds", "guest_suspensions"), 0),
-                          "passed": False, "cell": f"{self.name}: ended with code {code}, see {log}"})
+            found.append(asdict(Cell(f"{self.name}: ended with code {code}, see {self.log}", passed=False)))
         return found
 
 
-def inside(cloud: str, *arguments: str) -> str:
-    """pytest in a cloud's container."""
-    log = f"/src/{CELLS.relative_to(REPO)}"
-    return f"lab/lab exec {cloud} env {VARIABLE}={log} python3 -m pytest -p no:cacheprovider {' '.join(arguments)}"
-
+_INSIDE = {LOG_VARIABLE: f"/src/{CELLS.relative_to(REPO)}"}
+_MATRIX, _E2E = "/src/tests/functional/test_faults.py", "/src/tests/e2e"
 
 SUITES = [
-    Suite("fakes", f"{VARIABLE}={CELLS} build/venv/bin/python -m pytest tests/faults"),
-    Suite("servers", inside("31", "/src/tests/functional/test_faults.py", "-m", "'not disturbs'")),
-    Suite("disturbances", inside("31", "/src/tests/functional/test_faults.py", "-m", "disturbs")),
-    Suite("kill points", "lab/lab install 34 && " + inside("34", "/src/tests/e2e/test_kill_points.py")),
-    Suite("deaths", inside("34", "/src/tests/deaths")),
+    Suite("fakes", f"{LOG_VARIABLE}={CELLS} build/venv/bin/python -m pytest tests/faults"),
+    Suite("servers", inside("31", _MATRIX, "-m", "'not disturbs'", **_INSIDE)),
+    Suite("disturbances", inside("31", _MATRIX, "-m", "disturbs", **_INSIDE)),
+    # On Nova under eventlet, and on native threads.
+    Suite("waits 31", end_to_end("31", f"{_E2E}/test_waits.py", "-s", **_INSIDE)),
+    Suite("waits 34", end_to_end("34", f"{_E2E}/test_waits.py", "-s", **_INSIDE)),
+    Suite("kill points", end_to_end("34", f"{_E2E}/test_kill_points.py", **_INSIDE)),
+    Suite("other e2e", end_to_end("34", _E2E, "-m", "slow", f"--ignore={_E2E}/test_kill_points.py", **_INSIDE)),
+    Suite("deaths", inside("34", "/src/tests/deaths", **_INSIDE)),
 ]
 
 
 def row(name: str, values: Iterable[Any], took: str) -> str:
-    cells = zip(COLUMNS, values)
+    cells = zip(COLUMNS, ("-" if value is None else value for value in values))
     return f"{name:<14}" + "".join(f"{value!s:>{len(head) + 3}}" for head, value in cells) + f"{took:>10}"
 
 
 def main() -> int:
     started = time.monotonic()
-    LOGS.mkdir(parents=True, exist_ok=True)
     REPORT.unlink(missing_ok=True)
     print(row("", COLUMNS, "took"), flush=True)
     found: list[Found] = []
-    for suite in SUITES:
+    for each in SUITES:
         began = time.monotonic()
-        part = suite.run()
-        print(row(suite.name, figures(part).values(), f"{time.monotonic() - began:.0f} s"), flush=True)
+        part = each.run()
+        print(row(each.name, figures(part).values(), f"{time.monotonic() - began:.0f} s"), flush=True)
         found += part
     print(row("all", figures(found).values(), f"{time.monotonic() - started:.0f} s"))
     for cell in found:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-_HURRIED_SECONDS = 0.1
+HURRIED_SECONDS = 0.1
 
 
 @contextlib.contextmanager
@@ -26,10 +26,10 @@ def hurried(connection: Any) -> Iterator[None]:
         assert code == 0, f"{command}: {code} {text}"
         return str(out.decode())
 
-    if float(config("get", key="paxos_propose_interval")) == _HURRIED_SECONDS:
+    if float(config("get", key="paxos_propose_interval")) == HURRIED_SECONDS:
         yield
         return
-    config("set", name="paxos_propose_interval", value=str(_HURRIED_SECONDS))
+    config("set", name="paxos_propose_interval", value=str(HURRIED_SECONDS))
     try:
         yield
     finally:

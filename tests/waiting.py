@@ -14,3 +14,9 @@ def eventually(condition: Callable[[], Any], what: str, seconds: float = 60, pau
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
         time.sleep(pause)
     return found
+
+
+def promised_seconds(operation_timeout: float) -> float:
+    """Within which a request ends though the cluster does not answer (``docs/design/engine.rst``): so long without
+    progress, and as long again for what is undone."""
+    return 2 * max(5 * operation_timeout, 90)

@@ -90,6 +90,7 @@ class Snapshot:
         return None
 
     def remove(self, scene: Scene) -> None:
+        scene.cluster.ask_holder(self.spec.image)  # a guest that was only stopped would lose its disk
         _remove_snap(scene, self.spec, self.id)
 
 

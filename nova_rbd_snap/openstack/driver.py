@@ -32,6 +32,9 @@ LOG = logging.getLogger(__name__)
 
 UpdateTaskState = Callable[..., None]
 
+#: Seconds between two looks at whether a server that is being shelved is to be deleted.
+_LOOK_SECONDS = 5.0
+
 _REBUILDS = (task_states.REBUILDING, task_states.REBUILD_BLOCK_DEVICE_MAPPING, task_states.REBUILD_SPAWNING)
 
 
@@ -93,7 +96,12 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
                 super().snapshot(context, instance, image_id, update_task_state)
             return
         with request.announcing():
-            self._climb(request)
+            try:
+                self._climb(request)
+            except Exception:
+                if request.is_shelving:
+                    request.drop_record()
+                raise
 
     def _climb(self, request: _Request) -> None:
         """Try the ways in order; returns once one has made the image active."""
@@ -155,6 +163,7 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
             metadata,
             Guest(self, context, instance, guest),
             self._on_disks,
+            instance.task_state == task_states.SHELVING,
         )
 
     def _full_copy(self, request: _Request) -> None:
@@ -300,6 +309,7 @@ class _Request:
 
     :ivar metadata: as Nova makes it for the image record.
     :ivar still: what the snapshot needs of *guest*.
+    :ivar is_shelving: of a server, not for its own sake.
     :ivar steps: each step's name, and when it began.
     """
 
@@ -312,6 +322,7 @@ class _Request:
     metadata: dict[str, Any]
     still: Guest
     on_disks: OnDisks
+    is_shelving: bool
     steps: list[tuple[str, float]] = field(default_factory=list)
     _announcing: Optional[threading.Thread] = None
     _announce_error: Optional[Exception] = None
@@ -353,7 +364,7 @@ class _Request:
             raise errors.Refused("the server's disk is encrypted")
         started = time.monotonic()
         glance = images.glance_for(self.context)
-        with self.on_disks.work(self.instance.uuid):
+        with self.on_disks.work(self.instance.uuid), self._giving_way():
             url = self.disk.clone_to_glance(glance, self.image_id, self.instance.image_ref, self._perform)
         try:
             self.await_announced()
@@ -373,6 +384,55 @@ class _Request:
             "Snapshot to image %s: cloned in %.1f s (%s) as %s",
             self.image_id, time.monotonic() - started, self._durations(), url, instance=self.instance,
         )
+
+    @contextlib.contextmanager
+    def _giving_way(self) -> Iterator[None]:
+        """Within the block a deletion of the server cancels the work, also where Nova lets it wait for that.
+
+        Nova shelves and deletes a server under the same lock: the deletion shows in the task state alone.
+        """
+        if not self.is_shelving:
+            yield
+            return
+        over = threading.Event()
+        watching = threading.Thread(target=self._watch, args=[over], name="nova-rbd-snap-shelve", daemon=True)
+        watching.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watching.join()
+
+    def _watch(self, over: threading.Event) -> None:
+        with contextlib.suppress(Exception):  # raised where it can be acted upon
+            self.await_announced()
+        while not over.wait(_LOOK_SECONDS):
+            try:
+                self.update_task_state(
+                    task_state=task_states.IMAGE_UPLOADING, expected_state=task_states.IMAGE_UPLOADING
+                )
+            except exception.UnexpectedDeletingTaskStateError:
+                self._cancel()
+                return
+            except Exception as error:  # the conductor may answer the next time
+                LOG.debug("Cannot look whether the server is being deleted: %s", error, instance=self.instance)
+
+    def _cancel(self) -> None:
+        try:
+            process.engine().cancel(self.instance.uuid)
+        except errors.SnapError as error:
+            LOG.warning("Cannot stop the server's snapshots: %s", error.report(), instance=self.instance)
+
+    def drop_record(self) -> None:
+        """Delete the image record that waits for data that will not come: of a shelve that fails Nova does not."""
+        try:
+            glance = images.glance_for(self.context)
+            if glance.record(self.image_id).status == "queued":
+                glance.delete(self.image_id)
+        except errors.RecordGone:
+            return
+        except errors.GlanceError as error:
+            LOG.warning("Image %s stays, and waits for data: %s", self.image_id, error.report(), instance=self.instance)
 
     def freeze_disk(self, job_id: str) -> Optional[str]:
         """Take the snapshot that a full copy reads; None where none can be had and the guest must be suspended.

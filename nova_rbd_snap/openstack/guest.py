@@ -46,6 +46,9 @@ _MARK = "nova-rbd-snap.frozen"
 #: libvirt's own: an agent's answer is waited for however long it takes (VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK).
 _AGENT_BLOCKS = -2
 
+#: There is a QEMU, be the guest itself asleep or crashed.
+_ON = (power_state.RUNNING, power_state.PAUSED, power_state.SUSPENDED, power_state.CRASHED)
+
 #: QEMU processes that have not answered yet: one question is enough.
 _silent: set[str] = set()
 
@@ -103,8 +106,9 @@ class Guest:
         return self._is_on() and bool(self._driver._requires_quiesce(self._instance.image_meta))
 
     def _is_on(self) -> bool:
-        """Whether there is a QEMU, be the guest itself asleep or crashed."""
-        return bool(self._guest.get_power_state(self._driver._host) != power_state.SHUTDOWN)
+        """Asked anew, for libvirtd may have been restarted since the request began."""
+        host = self._driver._host
+        return host.get_guest(self._instance).get_power_state(host) in _ON
 
     def ask(self) -> None:
         """One question to the monitor of a guest that is on. :raises errors.GuestSilent: there is no answer."""
@@ -194,7 +198,7 @@ class Stillness:
 
     def _freeze(self) -> None:
         _mark(self._instance).touch()
-        self._bound_agent(_FREEZE_SECONDS)
+        _bound_agent(self._guest, _FREEZE_SECONDS)
         self._driver.quiesce(*self._arguments)
 
     def report(self, report: Report, step: str, done: int, total: int) -> None:
@@ -224,7 +228,8 @@ class Stillness:
         if not is_over:  # it may come after its thaw, and must not have the last word
             self._freezing.ended(None)
             self._let_go()
-        self._bound_agent(_AGENT_BLOCKS)
+        _bound_agent(self._guest, _AGENT_BLOCKS)
+        _mark(self._instance).unlink(missing_ok=True)
 
     def _let_go(self) -> None:
         def thaw() -> None:
@@ -235,11 +240,6 @@ class Stillness:
                     raise
 
         _insist_on(thaw, self._instance)
-
-    def _bound_agent(self, seconds: int) -> None:
-        """Let libvirt give the agent up after so many seconds, lest no thaw ever gets past a freeze without answer."""
-        with contextlib.suppress(Exception):  # libvirt before 5.10 cannot
-            self._guest._domain.agentSetResponseTimeout(seconds)
 
 
 def _insist_on(thaw: Callable[[], None], server: Any) -> None:
@@ -264,7 +264,6 @@ def _insist_on(thaw: Callable[[], None], server: Any) -> None:
             pause = min(2 * pause, longest)
         else:
             break
-    _mark(server).unlink(missing_ok=True)
 
 
 def thaw_all(driver: Any) -> None:
@@ -272,7 +271,27 @@ def thaw_all(driver: Any) -> None:
     for guest in driver._host.list_guests():
         if _mark(guest).exists():
             LOG.warning("nova-compute died while the guest of server %s was frozen: it is let go", guest.uuid)
-            Call(functools.partial(_insist_on, guest.thaw_filesystems, guest))
+            Call(functools.partial(_let_go_of, driver._host, guest))
+
+
+def _let_go_of(host: Any, server: Any) -> None:
+    def thaw() -> None:
+        guest = host.get_guest(server)  # anew, for libvirtd may have been restarted meanwhile
+        try:
+            guest.thaw_filesystems()
+        except libvirt_driver.libvirt.libvirtError:
+            if guest.get_power_state(host) in _ON:
+                raise
+        _bound_agent(guest, _AGENT_BLOCKS)
+
+    _insist_on(thaw, server)
+    _mark(server).unlink(missing_ok=True)
+
+
+def _bound_agent(guest: Any, seconds: int) -> None:
+    """Let libvirt give the agent up after so many seconds, lest no thaw ever gets past a freeze without answer."""
+    with contextlib.suppress(Exception):  # libvirt before 5.10 cannot
+        guest._domain.agentSetResponseTimeout(seconds)
 
 
 def _mark(server: Any) -> pathlib.Path:

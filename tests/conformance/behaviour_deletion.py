@@ -75,6 +75,17 @@ class DeletedServer(world.ServerCase):
         self.assertEqual(1, len(told))
         self.assertIn(" WARNING ", told[0])
 
+    @ddt.data(task_states.REBUILDING, task_states.REBUILD_BLOCK_DEVICE_MAPPING, task_states.REBUILD_SPAWNING)
+    def test_rebuild_for_which_a_disk_is_left(self, task_state):
+        """It fails and says why: the disk that is left would be the rebuilt server's."""
+        self.engine.disks.add(self.held)
+        error = self.assertRaises(exception.NovaException, self.delete, task_state)
+        self.assertIn(self.held, str(error))
+        self.assertEqual({self.others_disk, self.held}, self.engine.disks)
+        self.engine.disks.remove(self.held)
+        self.delete(task_state)
+        self.assertEqual({self.others_disk}, self.engine.disks)
+
     @ddt.data(("clone", "snap"), ("clone", "flatten"), ("nova", "snap"))
     @ddt.unpack
     def test_snapshot_under_way_is_undone(self, way, step):

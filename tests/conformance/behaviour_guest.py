@@ -3,6 +3,7 @@
 
 # ruff: noqa: PT009, PT027 - Nova's harness is unittest, and its environments have no pytest
 
+import contextvars
 import itertools
 from unittest import mock
 
@@ -11,12 +12,21 @@ import world
 from nova import exception, test
 from nova.storage import rbd_utils
 from nova.tests.fixtures import libvirt as fakelibvirt
+from nova.virt.libvirt import guest as nova_guest
+from nova.virt.libvirt import host
+from oslo_utils.fixture import uuidsentinel
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.openstack import guest, imagebackend
+from nova_rbd_snap.openstack import driver, guest, imagebackend, process
 
 FAILURE = test.TestingException("what went wrong first")
-DELETED = exception.UnexpectedDeletingTaskStateError(instance_uuid="it", expected="a snapshot", actual="deleting")
+UNEXPECTED = exception.UnexpectedTaskStateError(instance_uuid="it", expected="a snapshot", actual="another task")
+#: What a request meets whose server is being deleted.
+DELETING = exception.UnexpectedDeletingTaskStateError(instance_uuid="it", expected="a snapshot", actual="deleting")
+DELETED = exception.InstanceNotFound(instance_id="it")
+
+#: States in which there is a QEMU although the guest itself does nothing.
+LIFELESS = (nova_guest.VIR_DOMAIN_PMSUSPENDED, fakelibvirt.VIR_DOMAIN_CRASHED)
 
 
 def disk_cannot_be_frozen(case):
@@ -73,8 +83,11 @@ BREAKING = (
     copy,
     copy_by_qemu_img,
     upload,
-    *(task_state(number, error) for number in range(4) for error in (FAILURE, DELETED)),
+    *(task_state(number, error) for number in range(4) for error in (FAILURE, UNEXPECTED)),
 )
+#: And because the server goes; where Nova suspends the guest first, it has resumed it before the last number.
+GOING = tuple(task_state(number, error) for number in range(4) for error in (DELETING, DELETED))
+WHILE_OFF = tuple(task_state(number, error) for number in range(3) for error in (DELETING, DELETED))
 
 
 @ddt.ddt
@@ -100,6 +113,43 @@ class SuspendedGuest(world.ServerCase):
         before = self.domain.picture()
         suspend(self)
         error = break_it(self)
+        self.assertIs(error, self.assertRaises(type(error), self.snapshot))
+        self.assertEqual(before, self.domain.picture())
+        self.assert_no_image()
+
+    @ddt.named_data(*world.crossed(WHILE_OFF))
+    def test_server_that_goes_meanwhile(self, go):
+        """Its guest stays off: its disks and its ports are being removed."""
+        live_snapshots_are_disabled(self)
+        error = go(self)
+        self.assertIs(error, self.assertRaises(type(error), self.snapshot))
+        self.assertEqual(fakelibvirt.VIR_DOMAIN_SHUTOFF, self.domain.state)
+        self.assert_no_image()
+
+    @ddt.named_data(*world.crossed(GOING))
+    def test_server_that_goes_is_left_as_nova_leaves_it(self, go):
+        """With the devices that it had then."""
+        live_snapshots_are_disabled(self)
+        pictures = []
+        for snapshot in (self.snapshot, self.snapshot_by_nova):
+            self.give_pci_devices()
+            error = go(self)
+            self.assertIs(error, self.assertRaises(type(error), snapshot))
+            pictures.append(self.domain.picture())
+        self.assertEqual(pictures[1], pictures[0])
+
+    def snapshot_by_nova(self):
+        """With nobody who looks after the guest when Nova's own driver has done."""
+        nova = driver.LibvirtDriver.__base__
+        request = self.driver, self.context, self.server, self.image_id, self.mock_update_task_state
+        contextvars.copy_context().run(nova.snapshot, *request)
+
+    @ddt.named_data(*world.crossed(GOING))
+    def test_server_that_goes_while_its_guest_runs(self, go):
+        """It was not suspended yet, or Nova has resumed it: nobody ends it here."""
+        before = self.domain.picture()
+        disk_cannot_be_frozen(self)
+        error = go(self)
         self.assertIs(error, self.assertRaises(type(error), self.snapshot))
         self.assertEqual(before, self.domain.picture())
         self.assert_no_image()
@@ -200,7 +250,7 @@ class AskedQemu(world.ServerCase):
         self.flags(ways=ways.split(), group="rbd_snap")
         self.patch(guest, "_ANSWER_SECONDS", 0.01)
         self.domain.blockStats = silence = world.Silence(self)
-        for state in (fakelibvirt.VIR_DOMAIN_RUNNING, fakelibvirt.VIR_DOMAIN_PAUSED):
+        for state in (fakelibvirt.VIR_DOMAIN_RUNNING, fakelibvirt.VIR_DOMAIN_PAUSED, *LIFELESS):
             self.domain.state = state
             before = self.domain.picture()
             error = self.assertRaises(exception.NovaException, self.snapshot)
@@ -247,6 +297,8 @@ class AskedQemu(world.ServerCase):
         for way in ("clone", "nova"):
             self.flags(ways=[way], group="rbd_snap")
             self._assert_snapshot(self.snapshot(), disk_format="raw")
+        disk_cannot_be_frozen(self)
+        self._assert_snapshot(self.snapshot(), disk_format="raw")
 
     def test_guest_that_goes_off_when_asked(self):
         """It has no disk to lose any more."""
@@ -275,14 +327,52 @@ def silent_agent(case):
 def agent_that_fails_late(case):
     """It freezes, and says that it failed to; and at first has no ear for a thaw."""
     case.patch(guest, "_AT_ONCE_SECONDS", 0)
-    case.patch(guest, "_PAUSE_SECONDS", 0)
-    case.domain.fsFreeze = lambda: (world.Domain.fsFreeze(case.domain), failing())
-    failing = world.failing(world.libvirt_error("the agent's answer was lost"))
+    case.patch(guest, "_PAUSES_SECONDS", (0, 0))
+    freeze_and_fail(case, world.libvirt_error("the agent's answer was lost"))
+
+
+def freeze_and_fail(case, error):
+    case.domain.fsFreeze = lambda: (world.Domain.fsFreeze(case.domain), world.failing(error)())
     thaw = case.domain.fsThaw
-    case.domain.fsThaw = mock.Mock(wraps=thaw, side_effect=[world.libvirt_error("busy"), mock.DEFAULT])
+    case.domain.fsThaw = mock.Mock(wraps=thaw, side_effect=[error, mock.DEFAULT])
 
 
-AGENTS = (failing_agent, silent_agent, agent_that_fails_late)
+def lost_connection(case):
+    """It freezes, and libvirtd goes before it could say so."""
+    case.patch(guest, "_PAUSES_SECONDS", (0, 0))
+    freeze_and_fail(case, world.libvirt_error("client socket is closed", source=fakelibvirt.VIR_FROM_RPC))
+
+
+def lost_remote(case):
+    """As an older libvirt says it."""
+    case.patch(guest, "_PAUSES_SECONDS", (0, 0))
+    freeze_and_fail(case, world.libvirt_error("cannot recv data", source=fakelibvirt.VIR_FROM_REMOTE))
+
+
+AGENTS = (failing_agent, silent_agent, agent_that_fails_late, lost_connection, lost_remote)
+
+
+def turned_off(case):
+    domain = case.domains[case.server.uuid]
+    domain.state = fakelibvirt.VIR_DOMAIN_SHUTOFF
+    domain.fsThaw = world.failing(world.libvirt_error("domain is not running"))
+
+
+def turned_off_while_libvirtd_restarts(case):
+    """What came of the old connection is of no use any more."""
+    case.domain.info = case.domain.fsThaw = world.failing(
+        world.libvirt_error("client socket is closed", source=fakelibvirt.VIR_FROM_RPC)
+    )
+    case.give_domain(case.server)
+    turned_off(case)
+
+
+def deleted(case):
+    del case.domains[case.server.uuid]
+
+
+#: How there comes to be no guest any more that could be frozen.
+ENDINGS = (turned_off, turned_off_while_libvirtd_restarts, deleted)
 
 
 @ddt.ddt
@@ -301,6 +391,7 @@ class QuiescedGuest(world.ServerCase):
         self.await_guest_calls()
         self.assertLess(0, self.domain.freezes)
         self.assertEqual((False, -2), (self.domain.frozen, self.domain.agent_patience))
+        self.assertFalse(self.mark().exists())
 
     def assert_crash_consistent(self, image):
         """There is an image, and the log says what it is worth."""
@@ -364,6 +455,19 @@ class QuiescedGuest(world.ServerCase):
         self.assert_refused()
         self.assertTrue(self.domain.until(lambda: not self.domain.frozen))
 
+    def test_required_of_a_disk_that_cannot_be_frozen(self):
+        """A copy of a suspended guest lacks what that had not written yet."""
+        self.require()
+        disk_cannot_be_frozen(self)
+        self.assert_refused()
+
+    @ddt.data(*LIFELESS)
+    def test_required_of_a_guest_that_is_asleep_or_crashed(self, state):
+        self.require()
+        failing_agent(self)
+        self.domain.state = state
+        self.assert_refused()
+
     def test_required_without_an_agent(self):
         self.require()
         del self.server.system_metadata["image_hw_qemu_guest_agent"]
@@ -392,9 +496,168 @@ class QuiescedGuest(world.ServerCase):
     def test_freeze_that_comes_after_its_thaw(self):
         """libvirt was stuck, and does both in an order of its own: the freeze has not the last word."""
         self.patch(guest, "_FREEZE_SECONDS", 0.01)
-        stuck = world.Silence(self)
-        self.domain.fsFreeze = lambda: (stuck(), world.Domain.fsFreeze(self.domain))
+        stuck, marked = world.Silence(self), []
+
+        def freeze_late():
+            stuck()
+            marked.append(self.mark().exists())
+            world.Domain.fsFreeze(self.domain)
+
+        self.domain.fsFreeze = freeze_late
         self.assert_crash_consistent(self.snapshot())
         self.assertTrue(self.domain.until(lambda: self.domain.thaws))
         stuck.end()
         self.assert_thawed()
+        self.assertEqual([True], marked)
+
+    def test_marked_while_it_may_be_frozen(self):
+        """From before the freeze until after the thaw, lest it stay frozen when nova-compute dies."""
+        marked = []
+        self.domain.fsFreeze = lambda: (marked.append(self.mark().exists()), world.Domain.fsFreeze(self.domain))
+        self.engine.meanwhile["snap"] = lambda: marked.append(self.mark().exists())
+        self.domain.fsThaw = lambda: (world.Domain.fsThaw(self.domain), marked.append(self.mark().exists()))
+        self._assert_snapshot(self.snapshot(), disk_format="raw")
+        self.assert_thawed()
+        self.assertEqual([True] * 3, marked)
+
+    @ddt.data("best effort", "required")
+    def test_guest_that_cannot_be_marked(self, how):
+        """It is not frozen."""
+        self.mark().parent.rmdir()
+        if how == "required":
+            self.require()
+            self.assert_refused()
+        else:
+            self.assert_crash_consistent(self.snapshot())
+        self.await_guest_calls()
+        self.assertEqual(0, self.domain.freezes)
+
+    def complaints(self):
+        """What the log says at ERROR about the server's guest."""
+        lines = self.stdlog.logger.output.splitlines()
+        return [line for line in lines if " ERROR " in line and f"guest of server {self.server.uuid}" in line]
+
+    @ddt.data("agent", "libvirtd")
+    def test_guest_that_cannot_be_thawed_for_long(self, whose):
+        """It is thawed when it can be, be that tomorrow; the operator is told once, after a minute."""
+        clock = self.patch(guest, "time", world.Clock())
+        attempts = []
+
+        def until_tomorrow(answer, error):
+            if self.domain.frozen:
+                attempts.append((clock.now, len(self.complaints()), self.mark().exists()))
+                if clock.now < 24 * 3600:
+                    raise error
+            return answer()
+
+        if whose == "agent":
+            error = world.libvirt_error("the agent is busy", fakelibvirt.VIR_ERR_AGENT_UNRESPONSIVE)
+            self.domain.fsThaw = lambda: until_tomorrow(lambda: world.Domain.fsThaw(self.domain), error)
+        else:
+            error = exception.HypervisorUnavailable()
+            found = mock.Mock(side_effect=lambda _: until_tomorrow(lambda: self.domain, error))
+            self.patch(host.Host, "_get_domain", found)
+        self._assert_snapshot(self.snapshot(), disk_format="raw")
+        self.assert_thawed()
+        times, told, marked = zip(*attempts)
+        pauses = [later - earlier for earlier, later in zip(times, times[1:]) if later > earlier]
+        self.assertEqual([1, 2, 4, 8, 16, 32, 60], pauses[:7])
+        self.assertEqual({60}, set(pauses[7:]))
+        self.assertEqual({0}, {number for now, number in zip(times, told) if now < guest._THAW_SECONDS})
+        self.assertEqual({1}, {number for now, number in zip(times, told) if now > 2 * guest._THAW_SECONDS})
+        self.assertEqual({True}, set(marked))
+        self.assertIn("remedy: ", *self.complaints())
+
+    @ddt.data(fakelibvirt.VIR_ERR_AGENT_UNRESPONSIVE, fakelibvirt.VIR_ERR_INTERNAL_ERROR)
+    def test_freeze_that_is_refused(self, code):
+        """At once, by the agent or by libvirt: nothing is frozen, and an agent that cannot thaw either is let be."""
+        refused = world.failing(world.libvirt_error("no agent", code))
+        self.domain.fsFreeze = self.domain.fsThaw = refused
+        self.assert_crash_consistent(self.snapshot())
+        self.await_guest_calls()
+        self.assertEqual(2, refused.call_count)
+        self.assertEqual((-2, False), (self.domain.agent_patience, self.mark().exists()))
+
+    @ddt.named_data(*world.crossed(ENDINGS))
+    def test_guest_that_goes_while_it_is_frozen(self, end):
+        """There is nobody to thaw: that is no longer tried, and nobody is bothered with it."""
+        self.patch(guest, "_PAUSES_SECONDS", (0, 0))
+        self.patch(guest, "_THAW_SECONDS", world.PATIENCE_SECONDS)
+        self.engine.meanwhile["snap"] = lambda: end(self)
+        self._assert_snapshot(self.snapshot(), disk_format="raw")
+        self.await_guest_calls()
+        self.assertEqual([], self.complaints())
+        self.assertFalse(self.mark().exists())
+
+
+@ddt.ddt
+class FrozenByAnEarlierLife(world.ServerCase):
+    """Guests that were frozen when nova-compute died."""
+
+    def setUp(self):
+        super().setUp()
+        self.freeze(self.server)
+        self.others, self.others_domain = self.another_server()
+
+    def freeze(self, server):
+        self.domains[server.uuid].frozen = True
+        self.domains[server.uuid].agent_patience = guest._FREEZE_SECONDS
+        self.mark(server).touch()
+
+    def assert_thawed(self):
+        """So is the guest, and libvirt waits for its agent as before."""
+        self.await_guest_calls()
+        domain = self.domains[self.server.uuid]
+        self.assertEqual((False, -2), (domain.frozen, domain.agent_patience))
+        self.assertFalse(self.mark().exists())
+
+    def test_those_that_run_and_bear_a_mark(self):
+        """They are let go, and no others: who froze those is their own affair."""
+        off, off_domain = self.another_server(uuidsentinel.off)
+        self.freeze(off)
+        off_domain.state = fakelibvirt.VIR_DOMAIN_SHUTOFF
+        self.others_domain.frozen = True
+        guest.thaw_all(self.driver)
+        self.assert_thawed()
+        self.assertEqual((True, 0), (self.others_domain.frozen, off_domain.thaws))
+
+    def test_one_that_hangs(self):
+        """It holds up neither nova-compute's start, nor the others, nor the engine."""
+        self.patch(driver.LibvirtDriver.__base__, "init_host")
+        self.patch(process, "await_identity")
+        self.freeze(self.others)
+        self.domain.fsThaw = hanging = world.Silence(self)
+        self.driver.init_host("here")
+        self.assertTrue(self.others_domain.until(lambda: not self.others_domain.frozen))
+        self.assertTrue(self.engine.kept.wait(world.PATIENCE_SECONDS))
+        self.assertTrue(hanging.begun.wait(world.PATIENCE_SECONDS))
+        self.assertTrue(self.mark().exists())
+
+    def test_libvirtd_that_restarts_meanwhile(self):
+        """The guest is found anew, for what came of the old connection is of no use any more."""
+        self.patch(guest, "_PAUSES_SECONDS", (0, 0))
+        lost = world.libvirt_error("client socket is closed", source=fakelibvirt.VIR_FROM_RPC)
+
+        def restart():
+            self.domain.fsThaw = world.failing(lost)
+            self.give_domain(self.server)
+            self.freeze(self.server)
+            raise lost
+
+        self.domain.fsThaw = restart
+        guest.thaw_all(self.driver)
+        self.assert_thawed()
+
+    @ddt.named_data(*world.crossed(ENDINGS))
+    def test_guest_that_goes_meanwhile(self, end):
+        """There is nobody to thaw."""
+        self.patch(guest, "_PAUSES_SECONDS", (0, 0))
+
+        def go():
+            end(self)
+            raise world.libvirt_error("the agent is gone")
+
+        self.domain.fsThaw = go
+        guest.thaw_all(self.driver)
+        self.await_guest_calls()
+        self.assertFalse(self.mark().exists())

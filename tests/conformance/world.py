@@ -8,12 +8,14 @@ thaws it, the engine undoes its own failures. A test breaks one thing by putting
 # ruff: noqa: PT009 - Nova's harness is unittest, and its environments have no pytest
 
 import itertools
+import pathlib
 import threading
 import time
 from unittest import mock
 
+import fixtures
 from lxml import etree
-from nova import objects
+from nova import exception, objects
 from nova.compute import utils as compute_utils
 from nova.network import model as network_model
 from nova.storage import rbd_utils
@@ -46,8 +48,9 @@ def failing(error):
     return mock.Mock(side_effect=error)
 
 
-def libvirt_error(text, code=fakelibvirt.VIR_ERR_INTERNAL_ERROR):
-    return fakelibvirt.make_libvirtError(fakelibvirt.libvirtError, text, error_code=code)
+def libvirt_error(text, code=fakelibvirt.VIR_ERR_INTERNAL_ERROR, source=fakelibvirt.VIR_FROM_QEMU):
+    """:param source: the part of libvirt that says so, its error domain."""
+    return fakelibvirt.make_libvirtError(fakelibvirt.libvirtError, text, error_code=code, error_domain=source)
 
 
 def crossed(*groups):
@@ -73,6 +76,19 @@ class Silence:
 
     def end(self):
         self._over.set()
+
+
+class Clock:
+    """Stands for the module ``time``: it passes while somebody sleeps, and only then."""
+
+    def __init__(self):
+        self.now = 0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
 
 
 class Beside:
@@ -203,6 +219,7 @@ class EngineInMemory:
     :ivar asked: every job that ever came here.
     :ivar meanwhile: what happens during a call or step of that name; what it raises is what the call meets.
     :ivar cancelled: set once a job that is at work shall stop.
+    :ivar kept: set once nova-compute keeps it running.
     """
 
     def __init__(self):
@@ -213,11 +230,18 @@ class EngineInMemory:
         self.meanwhile = {}
         self.parent_pool = GLANCE_POOL
         self.cancelled = threading.Event()
+        self.kept = threading.Event()
         self._reserved = {}
         self._at_work = {}
 
     def _reach(self, name):
         self.meanwhile.get(name, lambda: None)()
+
+    def check(self):
+        return []
+
+    def keep_running(self):
+        self.kept.set()
 
     def describe(self, disk):
         self._reach("describe")
@@ -350,12 +374,15 @@ class ServerCase(test_driver._BaseSnapshotTests):
         self.engine, self.glance = EngineInMemory(), GlanceInMemory(self.image_service)
         use(self, self.engine, self.glance)
         self.domains = {}
+        self._servers_files = pathlib.Path(self.useFixture(fixtures.TempDir()).path)
+        self.flags(instances_path=str(self._servers_files))
         self.server = self.instance_ref
         self.domain = self.give_domain(self.server)
         self.image_id = self._create_image()["id"]
         self.addCleanup(self.await_guest_calls)
         self.copy = self.patch(nova_images, "convert_image")
-        self.patch(host.Host, "_get_domain", side_effect=lambda instance: self.domains[instance.uuid])
+        self.patch(host.Host, "_get_domain", side_effect=self._find_domain)
+        self.patch(host.Host, "list_instance_domains", side_effect=self._list_domains)
         self.patch(host.Host, "has_min_version", return_value=True)
         self.patch(nova_imagebackend.Image, "resolve_driver_format")
         self.patch(compute_utils, "disk_ops_semaphore", compute_utils.UnlimitedSemaphore())
@@ -367,14 +394,28 @@ class ServerCase(test_driver._BaseSnapshotTests):
         self.addCleanup(patch.stop)
         return patch.start()
 
+    def _find_domain(self, server):
+        if server.uuid not in self.domains:
+            raise exception.InstanceNotFound(instance_id=server.uuid)
+        return self.domains[server.uuid]
+
+    def _list_domains(self, only_running=True):
+        domains = self.domains.values()
+        return [each for each in domains if not only_running or each.state != fakelibvirt.VIR_DOMAIN_SHUTOFF]
+
     def give_domain(self, server, devices=()):
         domain = self.domains[server.uuid] = Domain(server.uuid, devices)
+        self.mark(server).parent.mkdir(exist_ok=True)
         self.engine.disks.add(f"{server.uuid}_disk")
         return domain
 
-    def another_server(self):
-        """A second server on the same host. :returns: it and its domain."""
-        server = objects.Instance(**{**test_driver._create_test_instance(), "id": 2, "uuid": uuidsentinel.another})
+    def mark(self, server=None):
+        """The file that tells a later life of nova-compute that the server's guest may be frozen."""
+        return self._servers_files / (server or self.server).uuid / "nova-rbd-snap.frozen"
+
+    def another_server(self, uuid=uuidsentinel.another):
+        """One more server on the same host. :returns: it and its domain."""
+        server = objects.Instance(**{**test_driver._create_test_instance(), "id": 2, "uuid": uuid})
         server.info_cache = objects.InstanceInfoCache(network_info=None)
         return server, self.give_domain(server)
 

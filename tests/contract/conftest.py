@@ -23,6 +23,7 @@ from nova_rbd_snap.ceph.interface import Cluster
 from nova_rbd_snap.specs import ImageSpec, SnapSpec
 from tests import monitor
 from tests.fakes import cluster as fake
+from tests.holder import holding
 from tests.waiting import eventually
 
 CEPH_CONF = Path("/etc/ceph/ceph.conf")
@@ -41,6 +42,15 @@ class Guest(Protocol):
 
     def write(self, number: int, data: bytes) -> None:
         """Write to the start of object *number*. :raises Exception: it may not any more."""
+
+
+class Holder(Protocol):
+    """See :class:`tests.holder.Holder`."""
+
+    def freeze(self) -> None: ...
+    def go_on(self) -> None: ...
+    def assert_writing(self) -> None: ...
+    def die(self) -> None: ...
 
 
 class World(Protocol):
@@ -66,6 +76,9 @@ class World(Protocol):
 
     def guest(self, disk: ImageSpec) -> contextlib.AbstractContextManager[Guest]:
         """Let a guest run on *disk*."""
+
+    def holder(self, image: ImageSpec) -> contextlib.AbstractContextManager[Holder]:
+        """Let somebody have the rbd image open, and write to it."""
 
     def blocklist(self) -> set[str]:
         """The addresses that are cut off."""
@@ -130,6 +143,10 @@ class FakeWorld:
     def guest(self, disk: ImageSpec) -> Iterator[Guest]:
         yield _FakeGuest(self.connect(), disk)
 
+    @contextlib.contextmanager
+    def holder(self, image: ImageSpec) -> Iterator[Holder]:
+        yield _FakeHolder(self._cluster, image)
+
     def blocklist(self) -> set[str]:
         return self._cluster.fenced
 
@@ -181,6 +198,24 @@ class _FakeGuest:
     def write(self, number: int, data: bytes) -> None:
         self._client.lookup(self._disk)  # as itself
         self._client.write(self._disk, number, data)
+
+
+class _FakeHolder:
+    """See :class:`Holder`."""
+
+    def __init__(self, cluster: fake.FakeCluster, image: ImageSpec) -> None:
+        self._cluster, self._image = cluster, image
+
+    def freeze(self) -> None:
+        self._cluster.freeze_holder(self._image)
+
+    def go_on(self) -> None:
+        self._cluster.freeze_holder(self._image, frozen=False)
+
+    def assert_writing(self) -> None:
+        self._cluster.lookup(self._image)
+
+    die = freeze
 
 
 class _RealGuest:
@@ -283,6 +318,9 @@ class RealWorld:
             ioctx.close()
         finally:
             client.shutdown()
+
+    def holder(self, image: ImageSpec) -> contextlib.AbstractContextManager[Holder]:
+        return holding(str(CEPH_CONF), "admin", image.pool, image.name)
 
     def blocklist(self) -> set[str]:
         return {line.split()[0] for line in self.mon("osd blocklist ls").splitlines()}

@@ -85,6 +85,7 @@ def test_pools(world: World, cluster: Cluster, name: str) -> None:
         lambda: cluster.children(nowhere, 1),
         lambda: cluster.trash(nowhere),
         lambda: cluster.remove(nowhere),
+        lambda: cluster.ask_holder(nowhere),
         lambda: cluster.omap_items(name, "x"),
         lambda: cluster.omap_replace(name, "x", "key", None, "new"),
     ):
@@ -144,6 +145,25 @@ def test_fencing_tells_clients_of_one_machine_apart(world: World, cluster: Clust
     assert world.content(disk) == {0: b"before", 1: b"99", 2: b"two", 3: b"after"}
     assert victim.address() in world.blocklist()
     assert guest.address not in world.blocklist()
+
+
+def test_holder_that_is_asked(world: World, cluster: Cluster, disk: ImageSpec) -> None:
+    """One that is frozen gives no sign of life, and is none the worse for having been asked; nor does a dead one."""
+    cluster.ask_holder(disk)
+    cluster.create_snap(disk.snap("s"))
+    with world.holder(disk) as holder:
+        cluster.ask_holder(disk)
+        holder.freeze()
+        with pytest.raises(errors.HolderSilent):
+            cluster.ask_holder(disk)
+        holder.go_on()
+        holder.assert_writing()
+        cluster.ask_holder(disk)
+        cluster.remove_snap(disk.snap("s"))
+        holder.assert_writing()
+        holder.die()
+        with pytest.raises(errors.HolderSilent):
+            cluster.ask_holder(disk)
 
 
 def host(address: str) -> str:
@@ -326,6 +346,7 @@ def test_absent_image(cluster: Cluster, dest: ImageSpec) -> None:
     for call in (
         lambda: cluster.lookup(dest),
         lambda: cluster.snaps(dest),
+        lambda: cluster.ask_holder(dest),
         lambda: cluster.create_snap(dest.snap("s")),
         lambda: cluster.protect_snap(dest.snap("s")),
         lambda: cluster.unprotect_snap(dest.snap("s")),
@@ -342,7 +363,7 @@ def test_absent_image(cluster: Cluster, dest: ImageSpec) -> None:
 
 
 def test_remove(world: World, cluster: Cluster, disk: ImageSpec) -> None:
-    """Busy while somebody has it open, refused while it has snapshots, else gone."""
+    """Busy while somebody has it open, refused while it has snapshots, else gone, with word of how far it is."""
     with world.open(disk), pytest.raises(errors.Busy) as caught:
         cluster.remove(disk)
     assert type(caught.value) is errors.Busy
@@ -350,7 +371,14 @@ def test_remove(world: World, cluster: Cluster, disk: ImageSpec) -> None:
     with pytest.raises(errors.HasSnapshots):
         cluster.remove(disk)
     cluster.remove_snap_by_id(disk, snap_id)
-    cluster.remove(disk)
+    told = []
+
+    def note(done: int, total: int) -> bool:
+        told.append((done, total))
+        return True
+
+    cluster.remove(disk, note)
+    assert 0 < told[-1][0] <= told[-1][1]
     assert not cluster.exists(disk)
 
 
@@ -736,6 +764,7 @@ CHANGES: dict[str, Act] = {
     "usual_data_pool": lambda cluster, snap, dest: cluster.usual_data_pool(dest.pool),
     "snaps": lambda cluster, snap, dest: cluster.snaps(snap.image),
     "children": lambda cluster, snap, dest: cluster.children(snap.image, 1),
+    "ask_holder": lambda cluster, snap, dest: cluster.ask_holder(snap.image),
     "create_snap": lambda cluster, snap, dest: cluster.create_snap(snap.image.snap("another")),
     "protect_snap": lambda cluster, snap, dest: cluster.protect_snap(snap),
     "unprotect_snap": lambda cluster, snap, dest: cluster.unprotect_snap(snap),

@@ -70,6 +70,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(
             f"seed {subject.SEED}: {len(outcomes)} deaths within {sum(config.stash[_seconds].values()):.1f} s, "
             f"{sum(o.status == 'active' for o in outcomes)} images, {sum(len(o.left) for o in outcomes)} leftovers, "
-            f"clean within {max(o.wait_seconds for o in outcomes):.1f} s, "
+            f"clean within {max(o.clean_seconds for o in outcomes):.1f} s, "
             f"longest write of a guest {max(o.stall_seconds for o in outcomes):.1f} s; jobs were at: {steps}"
         )

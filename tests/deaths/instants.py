@@ -100,7 +100,8 @@ class Outcome:
     :ivar job_step: the job's when the first death came.
     :ivar wrong: what is not as promised.
     :ivar left: what of that is a leftover.
-    :ivar wait_seconds: from the first death until nothing was left.
+    :ivar request_seconds: from then until the request was over; None where that died with its nova-compute.
+    :ivar clean_seconds: from then until nothing was left.
     """
 
     instant: Optional[Instant]
@@ -108,7 +109,8 @@ class Outcome:
     status: Optional[str] = None
     wrong: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
-    wait_seconds: float = 0.0
+    request_seconds: Optional[float] = None
+    clean_seconds: float = 0.0
     stall_seconds: float = 0.0
 
 
@@ -265,7 +267,7 @@ class Play:
         began = time.monotonic()
         self.scene.asked()
         self._nova.ask()
-        self._go_on()
+        self._go_on(began)
         self._await_clean(began)
         self._compare()
         assert not self.outcome.wrong, "\n".join([*self.outcome.wrong, "", self.log])
@@ -290,7 +292,7 @@ class Play:
             time.sleep(max(0.0, began + instant.second - time.monotonic()))
             self._strike_an_engine()
         if instant.victim == ENGINE:
-            self._go_on()
+            self._go_on(began)
         elif instant.returns:
             eventually(lambda: not self._nova.engines, "the engine ends after its nova-compute")
         self._await_clean(began)
@@ -316,9 +318,10 @@ class Play:
         # Who died before there was a job leaves a record that nobody knows of, as stock Nova does.
         self._may_wait = self.outcome.job_step == "unreserved"
 
-    def _go_on(self) -> None:
+    def _go_on(self, began: float) -> None:
         """nova-compute lives, and knows what to do when its engine ends: it falls back to a copy, if need be."""
         answer = self._nova.outcome()
+        self.outcome.request_seconds = time.monotonic() - began
         status = self.scene.status()
         if answer["outcome"] not in (worker.ACTIVE, worker.FELL_BACK):
             self.outcome.wrong.append(f"the request failed: {answer['error']}")
@@ -351,7 +354,7 @@ class Play:
             eventually(is_clean, "nothing is left", _CLEAN_SECONDS)
         except AssertionError:
             self.outcome.wrong += self.outcome.left
-        self.outcome.wait_seconds = time.monotonic() - began
+        self.outcome.clean_seconds = time.monotonic() - began
         self.outcome.status = self.scene.status()
 
     def _compare(self) -> None:
@@ -385,5 +388,5 @@ def die(place: Place, seed: str, number: int, undisturbed: Seconds, outcomes: li
             play.die(undisturbed)
         except Exception as error:
             outcome.wrong.append(f"{type(error).__name__}: {error}")
-        cell.leftovers, cell.wait_seconds = len(outcome.left), outcome.wait_seconds
+        cell.leftovers, cell.wait_seconds = len(outcome.left), outcome.request_seconds
         assert not outcome.wrong, "\n".join([f"{name}, at '{outcome.job_step}'", *outcome.wrong, "", play.log])

@@ -33,7 +33,7 @@ class Scene:
         self._stack = stack
         self.disk = f"{uuid.uuid4()}_disk"
         self._first = self._make_disk()
-        self.image_id = world.new_record()
+        self.image_id = world.new_record(self.disk)
         stack.callback(self._remove_image)
         #: Internal ids that the image's data bore, as far as they were seen.
         self._ids: set[str] = set()

@@ -17,10 +17,13 @@ from typing import Any, Callable
 WANTED = pathlib.Path("/run/nova-rbd-snap-wanted")
 REACHED = pathlib.Path("/run/nova-rbd-snap-reached")
 
-#: The boundaries of steps. The engine's: before each of its steps, and when all are done. nova-compute's: before the
-#: location is sent, after it was sent, and when the image is active.
-ENGINES = ("snap", "clone", "flatten", "seal", "ready")
-NOVAS = ("register", "wait", "finish")
+#: The boundaries of steps. The engine's: before it looks at the disk, before the job is reserved, before each step, and
+#: when all are done. nova-compute's: before the record's metadata, before the location is sent, after it was sent, when
+#: the image is active, and when its job is forgotten.
+ENGINES = ("connect", "reserve", "snap", "protect", "clone", "flatten", "seal", "ready")
+NOVAS = ("register", "location", "wait", "finish", "end")
+#: And one in the middle of a step.
+AMID_FLATTEN = "amid flatten"
 
 SHIM = '''
 import sys
@@ -56,38 +59,52 @@ def before(function: Callable[..., Any], place: Callable[..., str]) -> Callable[
     return held
 
 
+def at(place: str) -> Callable[..., str]:
+    """The place of all calls of a function."""
+    return lambda *args: place
+
+
+def in_step(step: str, done: int, total: int) -> str:
+    """The place that a report of progress tells."""
+    return f"amid {step}" if done else step
+
+
 def in_nova_compute() -> None:
     """Make this nova-compute hold where it is wanted, and run this file as its engine."""
     from nova_rbd_snap.engine import client
     from nova_rbd_snap.openstack import clone, registration
 
     client.EngineClient.__init__.__kwdefaults__["command"] = (sys.executable, __file__)
-    clone.register = _reporting(clone.register)
-    registration.observe = before(registration.observe, lambda *args: "wait")
+    clone.register = _held(clone.register)
+    registration._send = before(registration._send, at("location"))
+    registration.observe = before(registration.observe, at("wait"))
 
 
-def _reporting(register: Callable[..., Any]) -> Callable[..., Any]:
-    def held(*args: Any, report: Callable[..., None], **kwargs: Any) -> Any:
-        return register(*args, report=before(report, lambda step, *_: step), **kwargs)
+def _held(register: Callable[..., Any]) -> Callable[..., Any]:
+    def held(*args: Any, report: Callable[..., None], **kwargs: Any) -> None:
+        register(*args, report=before(report, in_step), **kwargs)
+        hold("end")
 
     return held
 
 
 def in_engine() -> None:
     """Be the engine."""
-    from nova_rbd_snap.engine import __main__ as engine
+    from nova_rbd_snap.engine import __main__ as main
+    from nova_rbd_snap.engine import service
     from nova_rbd_snap.snapshot import saga
 
     perform = saga.perform
 
     def held(job: Any, steps: Any, final: str, ledger: Any, run: Any) -> Any:
-        report = before(run.report, lambda step, *_: step)
-        done = perform(job, steps, final, ledger, dataclasses.replace(run, report=report))
+        done = perform(job, steps, final, ledger, dataclasses.replace(run, report=before(run.report, in_step)))
         hold("ready")
         return done
 
     saga.perform = held
-    engine.main()
+    service.Engine.describe = before(service.Engine.describe, at("connect"))
+    service.Engine.reserve_clone = before(service.Engine.reserve_clone, at("reserve"))
+    main.main()
 
 
 if __name__ == "__main__":

@@ -22,11 +22,29 @@ from cloud import GLANCE_CONF, NOVA_CONF, PROXY_PORT, Cloud, Log, Options, event
 
 from tests import monitor  # noqa: E402
 from tests.fakes.glance_proxy import GlanceProxy  # noqa: E402
+from tests.faults import recording  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "core: the subset that tells most in the least time")
     config.addinivalue_line("markers", "slow: only for the fault report")
+    config.addinivalue_line("markers", "disturbs: stops daemons of Ceph, or uses the pool that the clouds share")
+
+
+_cell = pytest.StashKey[recording.Cell]()
+
+
+@pytest.fixture(autouse=True)
+def found(request: pytest.FixtureRequest) -> recording.Cell:
+    """The test as a cell of the fault report."""
+    return request.node.stash.setdefault(_cell, recording.Cell(request.node.name, real=True))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Record the cell; what fails around the call fails the suite."""
+    with recording.recorded(item.stash[_cell]):
+        return (yield)
 
 
 @pytest.fixture(scope="session")
@@ -120,9 +138,21 @@ class Hold:
 
 
 @pytest.fixture
-def held_at(cloud: Cloud, holding: Options) -> Iterator[Hold]:
+def clone_format() -> int:
+    """Of the snapshots of :func:`held_at`, where the test does not say otherwise."""
+    return 2
+
+
+@pytest.fixture
+def patience_seconds() -> int:
+    """The same for their operation_timeout."""
+    return 30
+
+
+@pytest.fixture
+def held_at(cloud: Cloud, holding: Options, clone_format: int, patience_seconds: int) -> Iterator[Hold]:
     """See :class:`Hold`."""
-    cloud.configure(holding, {"rbd_snap": {"operation_timeout": 30}})
+    cloud.configure(holding, {"rbd_snap": {"operation_timeout": patience_seconds, "clone_format": clone_format}})
     hold = Hold(cloud)
     yield hold
     hold.go_on()

@@ -158,9 +158,9 @@ def test_backup(cloud: Cloud, server: Any, log: Log) -> None:
     "name",
     [
         pytest.param("schnappschuß 快照 ñandú", id="unicode"),
-        pytest.param("""it's a "name" `with` $(quotes) %s {0} \\ <&>""", id="quotes"),
+        pytest.param("""it's a "name" `with` $(quotes) %s {0} \\ <&>""", id="quotes", marks=pytest.mark.slow),
         pytest.param("../../etc/passwd @snap#1?a=b", id="slashes"),
-        pytest.param("n" * 255, id="long"),
+        pytest.param("n" * 255, id="long", marks=pytest.mark.slow),
     ],
 )
 def test_names(cloud: Cloud, log: Log, name: str) -> None:
@@ -212,7 +212,7 @@ def test_image_that_glance_hashes(cloud: Cloud, server: Any, log: Log) -> None:
     eventually(lambda: cloud.image(image.id).hash_value, "Glance has hashed the image")
 
 
-@pytest.mark.parametrize("glance", ["shows", "hides"])
+@pytest.mark.parametrize("glance", [pytest.param("shows", marks=pytest.mark.slow), "hides"])
 def test_post_locations(cloud: Cloud, server: Any, log: Log, glance: str) -> None:
     """With a service token the location goes the new way, whether or not Glance shows locations to tenants."""
     cloud.configure()
@@ -227,6 +227,7 @@ def test_post_locations(cloud: Cloud, server: Any, log: Log, glance: str) -> Non
     assert_cloned(cloud, log, server, cloud.image(image.id))
 
 
+@pytest.mark.disturbs
 def test_erasure_coded_destination(cloud: Cloud, server: Any, log: Log) -> None:
     """In a pool whose data lies in an erasure-coded one the clone's does, too; Glance knows it by its store."""
     cloud.configure({"rbd_snap": {"glance_pool": cloud.images_ec}})
@@ -240,6 +241,7 @@ def test_erasure_coded_destination(cloud: Cloud, server: Any, log: Log) -> None:
     assert_boots_alike(cloud, image, digest)
 
 
+@pytest.mark.disturbs
 def test_data_pool_of_choice(cloud: Cloud, server: Any, log: Log) -> None:
     """[rbd_snap] glance_data_pool decides where the clone's data lies."""
     cloud.configure({"rbd_snap": {"glance_data_pool": "images-ec-data"}})
@@ -251,6 +253,7 @@ def test_data_pool_of_choice(cloud: Cloud, server: Any, log: Log) -> None:
     assert_cloned(cloud, log, server, image)
 
 
+@pytest.mark.disturbs
 def test_pool_of_a_store(cloud: Cloud, log: Log) -> None:
     """A disk without a parent goes where [libvirt] images_rbd_glance_store_name says, if Glance tells who asks."""
     cloud.configure({"libvirt": {"images_rbd_glance_store_name": "ec"}})

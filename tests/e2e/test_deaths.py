@@ -169,6 +169,7 @@ def test_short_stall(cloud: Cloud, server: Any, log: Log) -> None:
     assert_cloned(cloud, log, server, cloud.image(image_id))
 
 
+@pytest.mark.slow
 @pytest.mark.disturbs
 def test_cluster_stops_answering(cloud: Cloud, server: Any, log: Log) -> None:
     """In bounded time the request fails, without Nova's copy, which would wait for ever.
@@ -222,7 +223,7 @@ def test_token_or_record_is_not_accepted(
     assert cloud.image(image_id) is None or cloud.image(image_id).status == "queued"
 
 
-@pytest.mark.parametrize("trusted", [True, False])
+@pytest.mark.parametrize("trusted", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_token_expires(cloud: Cloud, server: Any, trusted: bool) -> None:
     """The tenant's token expires while the disk is cloned: the service's own vouches for it, or the error is clean."""
     if not trusted:
@@ -248,6 +249,7 @@ def test_token_expires(cloud: Cloud, server: Any, trusted: bool) -> None:
         assert "401" in log.has(f"ERROR nova_rbd_snap.*Snapshot to image {image_id} failed")
 
 
+@pytest.mark.slow
 def test_location_lost_on_its_way(cloud: Cloud, server: Any, proxy: GlanceProxy, log: Log) -> None:
     """Nobody can know whether the location will still arrive: the data is kept, told, and goes with Glance's record."""
     before = cloud.picture()

@@ -99,6 +99,7 @@ def open_elsewhere(cloud: Cloud, server: Any) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_disk_that_somebody_has_open(cloud: Cloud, log: Log) -> None:
     """A watcher that stays does not keep the server: its disk goes to the trash, and the log says so."""
     server = cloud.boot()

@@ -184,7 +184,9 @@ def test_no_right_to_write(cloud: Cloud, server: Any) -> None:
         made.append(cloud.snapshot(server))
 
 
-@pytest.mark.parametrize("status", [403, pytest.param(409, marks=pytest.mark.core)])
+@pytest.mark.parametrize(
+    "status", [pytest.param(403, marks=pytest.mark.slow), pytest.param(409, marks=pytest.mark.core)]
+)
 def test_glance_refuses_the_location(cloud: Cloud, server: Any, proxy: GlanceProxy, status: int) -> None:
     """Whatever Glance has against the location, what was cloned is removed and the disk is copied."""
     cloud.configure(THROUGH_PROXY)
@@ -195,6 +197,7 @@ def test_glance_refuses_the_location(cloud: Cloud, server: Any, proxy: GlancePro
     assert [request.method for request in proxy.seen] == (["POST", "PATCH"] if status == 403 else ["POST"])
 
 
+@pytest.mark.slow
 def test_glance_refuses_a_backup(cloud: Cloud, server: Any, proxy: GlanceProxy) -> None:
     """The same from the task states of a backup."""
     cloud.configure(THROUGH_PROXY)

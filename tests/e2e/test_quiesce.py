@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import uuid
 from collections.abc import Iterator
 from typing import Any, Callable
 
 import pytest
+from breakpoints import AMID_FLATTEN
 from cloud import MIB, PREFIX, Cloud, Log, eventually, run
+from test_qemu import qemu_of, watchers
 
 GUEST = pathlib.Path("/usr/local/share/lab/guest.img")
 #: Where the guest's ext4 has its s_feature_incompat, and EXT4_FEATURE_INCOMPAT_RECOVER in it.
@@ -93,6 +97,7 @@ def test_guest_with_an_agent_is_held_still(cloud: Cloud, boot: Boot, log: Log) -
     assert must_be_replayed(cloud, cloud.images, image.id, "snap")
 
 
+@pytest.mark.slow
 def test_full_copy_is_of_a_guest_held_still(cloud: Cloud, boot: Boot) -> None:
     """The snapshot that Nova's copy reads is taken of a guest that is held still, too."""
     cloud.configure({"rbd_snap": {"ways": "nova"}})
@@ -114,7 +119,7 @@ def test_required_of_a_guest_without_an_agent(cloud: Cloud, boot: Boot) -> None:
     cloud.unchanged(before)
 
 
-@pytest.mark.parametrize("required", [True, False])
+@pytest.mark.parametrize("required", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_snapshot_that_takes_too_long(cloud: Cloud, boot: Boot, held_at: Any, required: bool) -> None:
     """The guest is let go in time whatever the cluster does. A snapshot that comes later is dropped where stillness is
     required, and else kept, and called crash-consistent."""
@@ -133,3 +138,28 @@ def test_snapshot_that_takes_too_long(cloud: Cloud, boot: Boot, held_at: Any, re
         assert must_be_replayed(cloud, cloud.images, image_id, "snap")
         log.has("WARNING nova_rbd_snap.*crash-consistent only")
     assert not log.lines("copied in full")
+
+
+def test_guest_that_freezes_amid_its_snapshot(cloud: Cloud, boot: Boot, held_at: Any) -> None:
+    """The snapshot of its disk is not removed, neither then nor once Ceph takes it for dead: that would cost it this.
+    The image is good, and what is left goes by itself when the guest wakes."""
+    server = boot()
+    qemu, before, log = qemu_of(server), cloud.picture(), Log()
+    image_id = held_at(server, AMID_FLATTEN)
+    os.kill(qemu, signal.SIGSTOP)
+    try:
+        held_at.go_on()
+        cloud.settled(server)
+        assert cloud.image(image_id).status == "active"
+        assert must_be_replayed(cloud, cloud.images, image_id, "snap")
+        log.has(f"Job {image_id} stays in the ledger.*does not answer")
+        eventually(lambda: not watchers(cloud, server), "its watch has timed out")
+        log.has(f"Job {image_id} stays in the ledger.*dead or frozen")
+    finally:
+        os.kill(qemu, signal.SIGCONT)
+    eventually(lambda: watchers(cloud, server), "it has its disk again")
+    cloud.delete_image(image_id)
+    cloud.unchanged(before, 60)
+    image = cloud.snapshot(server)
+    assert image.status == "active"
+    assert qemu_of(server) == qemu

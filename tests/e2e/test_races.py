@@ -6,11 +6,13 @@ from __future__ import annotations
 import pathlib
 import re
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from cloud import THROUGH_PROXY, Cloud, Log, eventually
 
 from tests.fakes.glance_proxy import GlanceProxy
+from tests.faults import recording
 
 SIXTEEN = 16
 #: Of the engine, with sixteen snapshots under way.
@@ -18,12 +20,13 @@ MEMORY_BOUND_MIB = 192
 
 
 @pytest.mark.slow
-def test_sixteen_at_once(cloud: Cloud) -> None:
+def test_sixteen_at_once(cloud: Cloud, found: recording.Cell) -> None:
     """Each is a whole image of its own disk, through one connection and in bounded memory."""
     cloud.configure({"DEFAULT": {"max_concurrent_snapshots": SIXTEEN}})
     with ThreadPoolExecutor(4) as pool:
         servers = list(pool.map(lambda _: cloud.boot(), range(SIXTEEN)))
     digests = [cloud.disk_digest(server) for server in servers]
+    interruptions = sum(cloud.guests.interruptions(server.id) for server in servers)
     log = Log()
     with ThreadPoolExecutor(SIXTEEN) as pool:
         images = list(pool.map(cloud.request, servers))
@@ -39,6 +42,32 @@ def test_sixteen_at_once(cloud: Cloud) -> None:
     for server, image, digest in zip(servers, images, digests):
         cloud.settled(server)
         assert cloud.image_digest(image) == digest
+    found.guest_suspensions = sum(cloud.guests.interruptions(server.id) for server in servers) - interruptions
+
+
+@pytest.mark.parametrize("then", [pytest.param("stop", marks=pytest.mark.slow), "snapshot"])
+def test_reset_amid_a_snapshot(cloud: Cloud, held_at: Any, then: str) -> None:
+    """An operator resets the server's state, and the tenant goes on with it. Nova takes back the image of the request
+    whose task state is not its own any more, which is one of the two; what there is in the end is whole."""
+    server = cloud.boot()
+    before, digest = cloud.picture(), cloud.disk_digest(server)
+    images = [held_at(server, "flatten")]
+    cloud.admin.compute.reset_server_state(server.id, "active")
+    if then == "snapshot":
+        images.append(cloud.request(server))
+    held_at.go_on()
+    if then == "stop":
+        server = cloud.stopped(server)
+    cloud.settled(server)
+    eventually(lambda: cloud.ceph.ledger(cloud.vms) == {}, "no job is left")
+    made = [image for image in map(cloud.image, images) if image is not None]
+    assert made or then == "stop"
+    for image in made:
+        assert image.status == "active"
+        assert cloud.image_digest(image.id) == digest
+        cloud.delete_image(image.id)
+    cloud.unchanged(before)
+    assert cloud.disk_digest(server) == digest
 
 
 def test_shelve_that_fails_keeps_the_server(cloud: Cloud, proxy: GlanceProxy, log: Log) -> None:

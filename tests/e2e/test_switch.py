@@ -35,9 +35,9 @@ def test_enabled_false(cloud: Cloud) -> None:
     [
         pytest.param("clone_format", 7, marks=pytest.mark.core),
         ("ways", "clone,foo"),
-        ("ways", ""),
-        ("operation_timeout", 1),
-        ("flatten", "lazily"),
+        pytest.param("ways", "", marks=pytest.mark.slow),
+        pytest.param("operation_timeout", 1, marks=pytest.mark.slow),
+        pytest.param("flatten", "lazily", marks=pytest.mark.slow),
         ("enabled", "perhaps"),
     ],
 )

@@ -17,7 +17,7 @@ from nova_rbd_snap.openstack import registration
 from nova_rbd_snap.openstack.glance import Glance
 from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, Location
 from tests.fakes.cluster import FakeCluster
-from tests.fakes.engine import DEST, DISK, FROZEN, make_engine, populated
+from tests.fakes.engine import DEST, DISK, FROZEN, SERVER, make_engine, populated
 from tests.fakes.glance import Answer, FakeImageService
 from tests.faults import world
 from tests.faults.guest import FakeGuest
@@ -85,7 +85,8 @@ def hurry(monkeypatch: Any, guest_module: Any, cell: Cell) -> None:
         hurried = functools.partial(getattr(registration, name), clock=time.clock, sleep=time.sleep)
         monkeypatch.setattr(registration, name, hurried)
     monkeypatch.setattr(registration, "uses", functools.partial(registration.uses, sleep=time.sleep))
-    seconds = {"_ANSWER_SECONDS": 0.1, "_FREEZE_SECONDS": 0.1, "_AT_ONCE_SECONDS": 0.0, "_PAUSE_SECONDS": 0.01}
+    seconds = {"_ANSWER_SECONDS": 0.1, "_FREEZE_SECONDS": 0.1, "_AT_ONCE_SECONDS": 0.0}
+    monkeypatch.setattr(guest_module, "_PAUSES_SECONDS", (0.01, 0.05))
     if cell.cause.kind == "guest_thaws_early":
         seconds.update(_STILL_SECONDS=0.1, _MARGIN_SECONDS=0.05)
     for name, value in seconds.items():
@@ -137,7 +138,7 @@ class FakeWorld(world.World):
         if flat_disk:
             self.cluster.flatten(DISK, lambda done, total: True)
         self.service = FakeImageService(offers_post=not old_glance, store=Store(self.cluster))
-        self.service.add(DEST.name)
+        self.service.add(DEST.name, instance_uuid=SERVER)
         on = guest_module.power_state.RUNNING
         self.guest = FakeGuest(self.saboteur, self.compute, guest_module.exception.NovaException, on)
         self._files: set[str] = set()
@@ -200,7 +201,7 @@ class FakeWorld(world.World):
     # -- what became of it ---------------------------------------------------------------------------------------------
 
     def surroundings(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"guest": self.guest.state(), "files": set(self._files)}
+        found: dict[str, Any] = {"guest": self.guest.hold(), "files": set(self._files)}
         for pool, things in self.cluster.picture().items():
             found.update((f"{pool}/{name}", image) for name, image in things["images"].items() if name != DEST.name)
             found.update((f"{pool}: {name}", pairs) for name, pairs in things["omap"].items())
@@ -293,6 +294,11 @@ class FakeWorld(world.World):
 
     def full_cluster(self) -> Mischief:
         return self.full("vms", "images")
+
+    def holder_frozen(self) -> Mischief:
+        return self._begins(
+            lambda: self.cluster.freeze_holder(DISK), lambda: self.cluster.freeze_holder(DISK, frozen=False)
+        )
 
     def name_taken(self) -> Mischief:
         return self._begins(lambda: self.cluster.create_disk(DEST), lambda: self.cluster.remove(DEST))

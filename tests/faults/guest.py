@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guest for ``openstack/guest.py``: with an agent that holds its file systems still, and a Nova driver to reach it.
 
-That module needs three names of Nova's. Where there is no Nova it is given them.
+That module needs some names of Nova's. Where there is no Nova it is given them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import pathlib
 import sys
+import tempfile
 import threading
 import types
 import uuid
@@ -20,22 +22,47 @@ import oslo_log.log  # noqa: F401  # lest it is imported anew below
 from tests.faults.sabotage import Saboteur
 from tests.waiting import eventually
 
+_MARKS = tempfile.TemporaryDirectory()
+
 
 def guest_module() -> Any:
-    """``nova_rbd_snap.openstack.guest``, with Nova or without."""
+    """``nova_rbd_snap.openstack.guest``, with Nova or without; it keeps its marks in a folder of ours."""
+    name = "nova_rbd_snap.openstack.guest"
     try:
-        return importlib.import_module("nova_rbd_snap.openstack.guest")
+        module = importlib.import_module(name)
     except ImportError:
-        exception = types.ModuleType("nova.exception")
-        exception.NovaException = type("NovaException", (Exception,), {})  # type: ignore[attr-defined]
-        exception.InstanceNotFound = type("InstanceNotFound", (exception.NovaException,), {})  # type: ignore[attr-defined]
-        power_state = types.ModuleType("nova.compute.power_state")
-        power_state.RUNNING, power_state.PAUSED = 1, 3  # type: ignore[attr-defined]
-        nova, compute = types.ModuleType("nova"), types.ModuleType("nova.compute")
-        nova.exception, compute.power_state = exception, power_state  # type: ignore[attr-defined]
-        stubs = {module.__name__: module for module in (nova, compute, exception, power_state)}
-        with mock.patch.dict(sys.modules, stubs):
-            return importlib.import_module("nova_rbd_snap.openstack.guest")
+        with mock.patch.dict(sys.modules, _no_nova()):
+            module = importlib.import_module(name)
+    module._mark = lambda server: pathlib.Path(_MARKS.name, server.uuid)  # type: ignore[attr-defined]
+    return module
+
+
+def _no_nova() -> dict[str, Any]:
+    """Modules with the names of Nova's that the guest's needs."""
+    nova_exception = type("NovaException", (Exception,), {})
+    libvirt = types.SimpleNamespace(
+        libvirtError=type("libvirtError", (Exception,), {}), VIR_FROM_REMOTE=7, VIR_FROM_RPC=13
+    )
+    names: dict[str, dict[str, Any]] = {
+        "nova": {},
+        "nova.exception": {
+            "NovaException": nova_exception,
+            "InstanceNotFound": type("InstanceNotFound", (nova_exception,), {}),
+        },
+        "nova.compute": {},
+        "nova.compute.power_state": {"RUNNING": 1, "PAUSED": 3, "SHUTDOWN": 4, "CRASHED": 6, "SUSPENDED": 7},
+        "nova.virt": {},
+        "nova.virt.libvirt": {},
+        "nova.virt.libvirt.driver": {"libvirt": libvirt},
+        "nova.virt.libvirt.utils": {},
+    }
+    modules = {name: types.ModuleType(name) for name in names}
+    for name, module in modules.items():
+        vars(module).update(names[name])
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(modules[parent], child, module)
+    return modules
 
 
 class FakeGuest:
@@ -61,12 +88,16 @@ class FakeGuest:
         #: Whose it is, by the names that ``Guest`` uses.
         self._host = self._domain = self
 
-    def state(self) -> str:
-        """What is to be as before, once it is let go. A freeze outlives nova-compute: nobody else could end it."""
-        if self._nova.is_alive:
-            with contextlib.suppress(AssertionError):
-                eventually(lambda: not self.frozen, "the guest is let go", seconds=5, pause=0.01)
-        return f"suspended {self.suspended}, frozen {self.frozen and self._nova.is_alive}"
+    def hold(self) -> str:
+        """What keeps it from running as before, if anything does, once it could be let go.
+
+        A freeze outlives nova-compute: nobody else could end it.
+        """
+        if self.suspended or not self._nova.is_alive:
+            return "suspended" if self.suspended else ""
+        with contextlib.suppress(AssertionError):
+            eventually(lambda: not self.frozen, "the guest is let go", seconds=5, pause=0.01)
+        return "frozen" if self.frozen else ""
 
     # -- mischief ------------------------------------------------------------------------------------------------------
 
@@ -98,6 +129,9 @@ class FakeGuest:
                 self.thawed.set()
 
     # -- libvirt's domain ----------------------------------------------------------------------------------------------
+
+    def get_guest(self, instance: Any) -> FakeGuest:
+        return self
 
     def get_power_state(self, host: Any) -> int:
         return self._is_on

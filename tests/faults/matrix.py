@@ -70,9 +70,9 @@ ENGINE = _steps(
     ("protect", "", "protect_snap omap_replace"),
     ("clone", "exists", "clone omap_replace"),
     ("flatten", "lookup", "flatten omap_replace"),
-    ("release", "exists snaps", "unprotect_snap remove_snap_by_id"),
+    ("release", "exists snaps ask_holder", "unprotect_snap remove_snap_by_id"),
     ("seal", "", "create_snap protect_snap omap_replace"),
-    ("forget", "omap_items address", "omap_replace"),
+    ("forget", "omap_items address exists snaps", "omap_replace"),
 )
 #: What nova-compute asks of the guest, before and after the snap.
 GUEST = _steps(("quiesce", "answer can", "freeze thaw"))
@@ -141,8 +141,8 @@ def _all(steps: dict[str, Step]) -> frozenset[str]:
 _CHANGES = frozenset().union(*(step.changes for step in ENGINE.values()))
 _BEFORE_PIVOT = tuple(name for name in ENGINE if name not in AFTER_PIVOT)
 
-#: Every class of error that librados or librbd may answer with; but ``AlreadyThere``, which only what makes something
-#: meets, and ``MayNotFence``, which is what ``engine_killed unfenced`` is about.
+#: Every class of error that librados or librbd may answer with; but those that only some calls meet: ``AlreadyThere``,
+#: ``HolderSilent`` (``holder_frozen``) and ``MayNotFence`` (``engine_killed unfenced``).
 ANSWERS = (
     errors.CephError, errors.Missing, errors.Busy, errors.HasSnapshots, errors.NoPermission, errors.NoSpace,
     errors.NotSupported, errors.Unreachable, errors.Blocklisted,
@@ -195,6 +195,8 @@ def _of_the_servers() -> Iterator[Cause]:
     yield Cause("snap_taken", None, errors.AlreadyThere, ("connect", "reserve", "snap"), lasts=True)
     yield Cause("seal_taken", None, errors.AlreadyThere, ("flatten", "seal"), lasts=True, bars_undo=True)
     yield Cause("clone_open", None, errors.CephError, ("flatten", "seal"), lasts=True, bars_undo=True)
+    # The image is good without; what would cut the guest off from its disk is done once that answers.
+    yield Cause("holder_frozen", None, None, ("release",), frozenset({"ask_holder"}), lasts=True)
     for clone_format, error in ((1, errors.Busy), (2, errors.CephError)):
         steps = ("clone", "flatten", "release")
         yield Cause("frozen_has_child", None, error, steps, lasts=True, formats=(clone_format,))

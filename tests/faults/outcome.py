@@ -28,14 +28,16 @@ def check(world: World, cell: Cell, found: recording.Cell, *, arrives: bool = Fa
     except Killed:
         assert cause.dead
     else:
+        found.wait_seconds = time.monotonic() - began
         assert not cause.dead
         assert type(request.failure) is (promise.error or type(None)), request.failure
         assert request.was_copied == bool(promise.error and promise.error.may_fall_back)
         assert (error is None) == (promise.error is None or outcome is Outcome.BACK), error
-    finally:
-        found.wait_seconds = time.monotonic() - began
     assert world.saboteur.struck
-    assert world.suspensions == (cause.suspends and request.was_copied)
+    promised_suspensions = int(cause.suspends and request.was_copied)
+    if world.guest:
+        found.guest_suspensions = max(world.suspensions - promised_suspensions, 0)
+    assert world.suspensions == promised_suspensions
 
     if outcome is Outcome.KEPT:
         kept = _left(before, world)
@@ -48,6 +50,8 @@ def check(world: World, cell: Cell, found: recording.Cell, *, arrives: bool = Fa
     if arrives:
         world.arrive()
     world.reclaim()
+    if world.guest:
+        found.guest_suspensions += bool(world.guest.hold())
     _assert_as_promised(world, before, found, "active" if arrives else status)
 
 

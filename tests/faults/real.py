@@ -20,12 +20,15 @@ from tests.faults import world
 from tests.faults.matrix import Cell
 from tests.faults.request import Request, unheard
 from tests.faults.sabotage import Adapter, Mischief
-from tests.functional.world import HURRIED_SECONDS, MIB, TIMEOUT_SECONDS, USUAL_FULL_RATIO, World
-from tests.waiting import eventually
+from tests.functional.world import CEPH_CONF, HURRIED_SECONDS, MIB, TIMEOUT_SECONDS, World
+from tests.holder import Holder
+from tests.waiting import eventually, promised_seconds
 
 _DISK_BYTES = 16 * MIB
 #: Of a cluster that will not answer.
-SHORT_SECONDS = 5
+_SHORT_SECONDS = 5
+#: What a request takes to which nothing happens, at most.
+_UNDISTURBED_SECONDS = 5
 #: What the names of RADOS objects that belong to one rbd image begin with.
 _PER_IMAGE = ("rbd_id", "rbd_header", "rbd_data", "rbd_object_map")
 _DAEMONS = {"osds": daemons.OSDS, "monitor": (daemons.MONITOR,), "manager": (daemons.MANAGER,)}
@@ -40,11 +43,11 @@ class RealWorld(world.World):
     """See :class:`tests.faults.world.World`."""
 
     def __init__(self, servers: World, cell: Cell) -> None:
-        self._servers = servers
+        self._servers, self._kind = servers, cell.cause.kind
         self.disk = servers.new_disk(_DISK_BYTES)
-        self.image_id = servers.new_record()
+        self.image_id = servers.new_record(self.disk)
         self._settings = servers.settings(
-            cell.variant.get("clone_format", 2), SHORT_SECONDS if cell.cause.kind == "frozen" else TIMEOUT_SECONDS
+            cell.variant.get("clone_format", 2), _SHORT_SECONDS if cell.cause.kind == "frozen" else TIMEOUT_SECONDS
         )
         # A task is waited for ten times as long as an answer.
         self._timeout_seconds = 1 if cell.cause.kind == "never_active" else HURRIED_SECONDS
@@ -145,6 +148,21 @@ class RealWorld(world.World):
         location = Location(self._servers.cluster.fsid(), self._image.snap(GLANCE_SNAP))
         assert location.url in (self._servers.service.record(self.image_id).urls or ())
 
+    @property
+    def promised_seconds(self) -> Optional[float]:
+        """Within which the request ends when servers do not answer; None where they do.
+
+        Of Glance (``docs/design/clone.rst``): a request goes without an answer, then the record stays as it is, or a
+        task of Glance's is seen at work on it, and a last reading may be under way.
+        """
+        if self._kind in ("frozen", "killed", "full", "full_cluster"):
+            return promised_seconds(self._settings.operation_timeout)
+        if self._kind == "is_silent":
+            return _UNDISTURBED_SECONDS + 3 * self._timeout_seconds
+        if self._kind == "never_active":
+            return _UNDISTURBED_SECONDS + 10 * self._timeout_seconds
+        return None
+
     # -- what happens in it --------------------------------------------------------------------------------------------
 
     def arrive(self) -> None:
@@ -153,19 +171,18 @@ class RealWorld(world.World):
 
     # -- mischief: the cluster -----------------------------------------------------------------------------------------
 
-    def frozen(self, daemons: str) -> Mischief:
-        names = _DAEMONS[daemons]
-        return self._begins(
-            lambda: supervisorctl("signal", "STOP", *names), lambda: self._let_go_on("signal", "CONT", *names)
-        )
+    def frozen(self, which: str) -> Mischief:
+        def end() -> None:
+            daemons.signal("CONT", *_DAEMONS[which])
+            self._await_service()
 
-    def killed(self, daemons: str) -> Mischief:
+        return self._begins(lambda: daemons.signal("STOP", *_DAEMONS[which]), end)
+
+    def killed(self, which: str) -> Mischief:
         # The supervisor starts them again at once.
-        return self._begins(lambda: supervisorctl("signal", "KILL", *_DAEMONS[daemons]), self._let_go_on)
+        return self._begins(lambda: daemons.signal("KILL", *_DAEMONS[which]), self._await_service)
 
-    def _let_go_on(self, *arguments: str) -> None:
-        if arguments:
-            supervisorctl(*arguments)
+    def _await_service(self) -> None:
         eventually(self._serves, "the cluster serves again", seconds=120)
 
     def _serves(self) -> bool:
@@ -227,12 +244,18 @@ class RealWorld(world.World):
 
     def full(self, pool: str) -> Mischief:
         name = self._pool(pool)
-        return self._begins(lambda: self._servers.set_quota(name, 1), lambda: self._servers.set_quota(name, 0))
+        set_quota = self._servers.set_quota
+        return self._begins(lambda: self._heard(set_quota, name, 1), lambda: set_quota(name, 0))
 
     def full_cluster(self) -> Mischief:
-        return self._begins(
-            lambda: self._servers.set_full_ratio(1e-6), lambda: self._servers.set_full_ratio(USUAL_FULL_RATIO)
-        )
+        set_full = self._servers.set_full
+        return self._begins(lambda: self._heard(set_full, full=True), lambda: set_full(full=False))
+
+    def _heard(self, change: Callable[..., None], *arguments: Any, **more: Any) -> None:
+        """Make a change of which the engine's client has heard."""
+        change(*arguments, **more)
+        for connection in self.compute.connections():
+            connection._cluster._rados.wait_for_latest_osdmap()
 
     def _pool(self, name: str) -> str:
         return {"vms": self._servers.vms, "images": self._servers.images}[name]
@@ -255,6 +278,17 @@ class RealWorld(world.World):
                 getattr(image, how)(snap)
 
         return self._begins(lambda: change("create_snap"), lambda: change("remove_snap"))
+
+    def holder_frozen(self) -> Mischief:
+        def mischief(do: Callable[[], Any]) -> Any:
+            holder = Holder(CEPH_CONF, str(self._settings.ceph_user), self._servers.vms, self.disk)
+            self._ends.append(holder.end)
+            self._ends.append(holder.assert_writing)
+            self._ends.append(holder.go_on)
+            holder.freeze()
+            return do()
+
+        return mischief
 
     def clone_open(self) -> Mischief:
         def mischief(do: Callable[[], Any]) -> NoReturn:

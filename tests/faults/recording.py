@@ -25,8 +25,9 @@ class Cell:
     :ivar kill: processes are killed in it.
     :ivar passed: None until it has ended.
     :ivar leftovers: things in the pools, the ledger, Glance or on the local disk that should not be there.
-    :ivar wait_seconds: how long its request took.
-    :ivar guest_suspensions: guests suspended by our ways, or not running at the end.
+    :ivar wait_seconds: how long its request took, from what went wrong, or from its begin, until nova-compute was done
+        with it; None where none came to its end, for nova-compute died.
+    :ivar guest_suspensions: guests suspended by our ways, or not running at the end; None where there is no guest.
     """
 
     cell: str
@@ -34,17 +35,24 @@ class Cell:
     kill: bool = False
     passed: Optional[bool] = None
     leftovers: int = 0
-    wait_seconds: float = 0.0
-    guest_suspensions: int = 0
+    wait_seconds: Optional[float] = None
+    guest_suspensions: Optional[int] = None
 
 
 @contextlib.contextmanager
 def cell(name: str, *, real: bool = False, kill: bool = False) -> Iterator[Cell]:
-    """Run a cell, which passes if nothing is raised in the block; what was found is put into its attributes."""
+    """Run a cell; what was found is put into its attributes."""
     found = Cell(name, real, kill)
+    with recorded(found):
+        yield found
+
+
+@contextlib.contextmanager
+def recorded(found: Cell) -> Iterator[None]:
+    """Run a cell, which passes if nothing is raised in the block, nothing is left, and every guest was let be."""
     _write(found)
     try:
-        yield found
+        yield
     except BaseException:
         found.passed = False
         raise

@@ -62,6 +62,7 @@ _REAL = {
     "seal_taken": "*",
     "clone_open": "*",
     "frozen_has_child": "*",
+    "holder_frozen": "*",
     "seal_has_child": "*",
     "record_deleted": "*",
     "other_data": "*",

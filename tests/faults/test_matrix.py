@@ -44,7 +44,7 @@ def test_every_step_of_the_saga(clone_format: int) -> None:
 
 
 def test_every_error_of_the_cluster() -> None:
-    assert tree(errors.CephError) == {*ANSWERS, errors.AlreadyThere, errors.MayNotFence}
+    assert tree(errors.CephError) == {*ANSWERS, errors.AlreadyThere, errors.HolderSilent, errors.MayNotFence}
 
 
 def test_every_error_of_glance() -> None:

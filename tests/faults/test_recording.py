@@ -41,9 +41,22 @@ def test_figures(log: Path) -> None:
         "kill_points": 1,
         "leftovers": 2,
         "longest_wait_seconds": 2.0,
-        "guest_suspensions": 0,
+        "guest_suspensions": None,
     }
     assert not fault_report.is_good(found)
+
+
+def test_what_there_was_not_is_not_shown_as_zero(log: Path) -> None:
+    """Where there was no guest none was let be, and where no request ended none was quick."""
+
+    def shown() -> list[str]:
+        figures = fault_report.figures(fault_report.outcomes(log.read_text().splitlines()))
+        return fault_report.row("suite", figures.values(), "").split()[-2:]
+
+    run_cells({}, {})
+    assert shown() == ["-", "-"]
+    run_cells({"guest_suspensions": 0, "wait_seconds": 3.0})
+    assert shown() == ["3.0", "0"]
 
 
 @pytest.mark.parametrize("end", [{"leftovers": 1}, {"guest_suspensions": 1}, ValueError()])

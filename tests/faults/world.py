@@ -7,6 +7,7 @@ import abc
 from typing import Any, Callable, NoReturn, Optional
 
 from nova_rbd_snap.engine.service import Engine
+from tests.faults.guest import FakeGuest
 from tests.faults.matrix import Cell
 from tests.faults.request import NovaCompute, Request
 from tests.faults.sabotage import Killed, Mischief, Saboteur
@@ -18,11 +19,13 @@ class World(abc.ABC):
     Each kind of cause is a method that returns the mischief to be done.
 
     :ivar deletes_records: whether Nova's manager can delete the record of a request that failed.
-    :ivar suspensions: how often the guest was suspended for a copy.
+    :ivar suspensions: how often a guest was suspended for a copy, or would have been.
+    :ivar guest: who runs on the disk, if anybody does.
     """
 
     deletes_records = True
     suspensions = 0
+    guest: Optional[FakeGuest] = None
 
     def __init__(self, disk: str) -> None:
         self.saboteur = Saboteur(disk)
@@ -94,11 +97,11 @@ class World(abc.ABC):
         NovaCompute(self.engine, self.connect, self.saboteur, "life-2").engine().reclaim()
 
     def _begins(self, happen: Callable[[], Any], end: Callable[[], Any] = lambda: None) -> Mischief:
-        """Something happens before a call; *end* ends it."""
+        """Something happens before a call; *end* ends it, also where it only half began."""
 
         def mischief(do: Callable[[], Any]) -> Any:
-            happen()
             self._ends.append(end)
+            happen()
             return do()
 
         return mischief

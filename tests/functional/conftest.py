@@ -42,8 +42,8 @@ def disk(world: World) -> Iterator[str]:
 
 
 @pytest.fixture
-def image_id(world: World) -> Iterator[str]:
-    found = world.new_record()
+def image_id(world: World, disk: str) -> Iterator[str]:
+    found = world.new_record(disk)
     yield found
     world.delete_image(found)
 

@@ -12,15 +12,11 @@ from typing import Any
 import pytest
 
 from nova_rbd_snap import errors
-from tests.faults import real, recording, selection
+from tests.faults import recording, selection
 from tests.faults.matrix import Cell
 from tests.faults.outcome import check
 from tests.faults.real import RealWorld
 from tests.functional.world import World
-
-#: What is promised of a request to a cluster that does not answer (``docs/design/engine.rst``): so long without
-#: progress, and as long again for what it undoes.
-PROMISED_SECONDS = 2 * max(5 * real.SHORT_SECONDS, 90)
 
 
 def parameters() -> Iterator[Any]:
@@ -41,8 +37,8 @@ def test_cell(world: World, cell: Cell, arrives: bool) -> None:
             check(place, cell, found, arrives=arrives)
         finally:
             place.remove()
-        if cell.cause.kind == "frozen":
-            assert found.wait_seconds < 2 * PROMISED_SECONDS
+        if place.promised_seconds is not None:
+            assert found.wait_seconds < 2 * place.promised_seconds
 
 
 def test_glance_is_not_there(world: World, disk: str, image_id: str) -> None:

@@ -147,7 +147,7 @@ class Operator:
 
     def glance_image(self) -> ImageSpec:
         """One that Glance has a record of, made now."""
-        return self.create(self.images, self.world.new_record())
+        return self.create(self.images, self.world.new_record(f"{uuid.uuid4()}_disk"))
 
     def copy(self, name: str, moment: float) -> Path:
         """What Nova's own full copy leaves on the local disk."""
@@ -389,7 +389,8 @@ def test_as_novas_own_user(world: World) -> None:
 def test_job_of_a_host_that_never_comes_back(operator: Operator, world: World) -> None:
     """Listed, kept by a sweep, and on the operator's word ended: its client is cut off, its clone and its waiting image
     record are gone, and what another host works on is not touched."""
-    disk, image_id, other_id = operator.disk(), world.new_record(), world.new_record()
+    disk = operator.disk()
+    image_id, other_id = world.new_record(disk.name), world.new_record(disk.name)
     before = operator.picture()
     dead, other = operator.engine("dead-host"), operator.engine("other-host")
     for engine, job_id in ((dead, image_id), (other, other_id)):
@@ -426,7 +427,8 @@ def test_job_of_a_host_that_never_comes_back(operator: Operator, world: World) -
 
 def test_reclaim_without_the_right_to_fence(operator: Operator, world: World) -> None:
     """The missing right is named, and nothing is changed."""
-    disk, image_id = operator.disk(), world.new_record()
+    disk = operator.disk()
+    image_id = world.new_record(disk.name)
     engine = operator.engine("dead-host")
     engine.reserve_clone(image_id, disk.name, operator.images)
     engine.perform(image_id, None, unheard)

@@ -34,8 +34,8 @@ DISK_BYTES = 64 * MIB
 TIMEOUT_SECONDS = 20
 #: Of a Glance that will not answer.
 HURRIED_SECONDS = 3
-#: What Ceph has where nobody says otherwise.
-USUAL_FULL_RATIO = 0.95
+#: What Ceph has where nobody says otherwise. An OSD takes none for less than the one before.
+USUAL_RATIOS = {"nearfull": 0.85, "backfillfull": 0.9, "full": 0.95}
 PROXY_PORT = 9394
 
 
@@ -125,9 +125,10 @@ class World:
                 disk.write(random.randbytes(64 * 1024), offset)
         return name
 
-    def new_record(self) -> str:
-        """An image record of the tenant's that waits for data."""
-        answer = self.tenant._call("POST", "/v2/images", json={"name": "functional", "visibility": "private"})
+    def new_record(self, disk: str) -> str:
+        """An image record of the tenant's that waits for data, as Nova makes it for a snapshot of the disk's server."""
+        record = {"name": "functional", "visibility": "private", "instance_uuid": disk.partition("_")[0]}
+        answer = self.tenant._call("POST", "/v2/images", json=record)
         return str(answer.json()["id"])
 
     def tenant_through(self, endpoint: str) -> Glance:
@@ -197,12 +198,12 @@ class World:
         self.tell_monitor("osd pool set-quota", pool=pool, field="max_objects", val=str(objects))
         eventually(lambda: (pool in self._full_pools()) == bool(objects), f"pool {pool} notices its quota")
 
-    def set_full_ratio(self, ratio: float) -> None:
-        """Let OSDs be full of which so much is used; returns once the pools are, or are no more."""
-        self.tell_monitor("osd set-full-ratio", ratio=ratio)
+    def set_full(self, *, full: bool) -> None:
+        """Let the OSDs be full with what is in them, or no more; returns once the pools are."""
+        for name, usual in USUAL_RATIOS.items():
+            self.tell_monitor(f"osd set-{name}-ratio", ratio=1e-6 if full else usual)
         pools = {self.vms, self.images}
-        full = pools if ratio < USUAL_FULL_RATIO else set()
-        eventually(lambda: self._full_pools() & pools == full, "the pools notice how full the OSDs are")
+        eventually(lambda: self._full_pools() & pools == (pools if full else set()), "the pools notice it")
 
     def _full_pools(self) -> set[str]:
         pools = self.tell_monitor("osd dump")["pools"]

@@ -486,6 +486,18 @@ def without_snap(picture: Any) -> Any:
     return picture
 
 
+def test_guest_that_is_silent_keeps_its_disk(world: World) -> None:
+    """Its snapshot stays for now, with that reason."""
+    ours_without_a_record(world)
+    before = world.picture()
+    world.cluster.freeze_holder(DISK)
+    scene = world.scene()
+    outcomes = list(leftovers.execute(leftovers.plan(scene), scene))
+    assert {(outcome.became, outcome.done) for outcome in outcomes} == {("kept", False)}
+    assert all("does not answer" in outcome.why for outcome in outcomes)
+    assert world.picture() == before
+
+
 @pytest.mark.parametrize("leak", LEAKS)
 def test_somebody_else_was_faster(world: World, leak: Callable[[World], set[str]]) -> None:
     """What is gone by then is no failure, and two sweeps at once do no harm."""
