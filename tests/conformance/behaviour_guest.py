@@ -327,7 +327,7 @@ def silent_agent(case):
 def agent_that_fails_late(case):
     """It freezes, and says that it failed to; and at first has no ear for a thaw."""
     case.patch(guest, "_AT_ONCE_SECONDS", 0)
-    case.patch(guest, "_PAUSES_SECONDS", (0, 0))
+    case.patch(guest, "_PAUSES_SECONDS", (0.01, 0.01))
     freeze_and_fail(case, world.libvirt_error("the agent's answer was lost"))
 
 
@@ -339,13 +339,13 @@ def freeze_and_fail(case, error):
 
 def lost_connection(case):
     """It freezes, and libvirtd goes before it could say so."""
-    case.patch(guest, "_PAUSES_SECONDS", (0, 0))
+    case.patch(guest, "_PAUSES_SECONDS", (0.01, 0.01))
     freeze_and_fail(case, world.libvirt_error("client socket is closed", source=fakelibvirt.VIR_FROM_RPC))
 
 
 def lost_remote(case):
     """As an older libvirt says it."""
-    case.patch(guest, "_PAUSES_SECONDS", (0, 0))
+    case.patch(guest, "_PAUSES_SECONDS", (0.01, 0.01))
     freeze_and_fail(case, world.libvirt_error("cannot recv data", source=fakelibvirt.VIR_FROM_REMOTE))
 
 
@@ -581,7 +581,7 @@ class QuiescedGuest(world.ServerCase):
     @ddt.named_data(*world.crossed(ENDINGS))
     def test_guest_that_goes_while_it_is_frozen(self, end):
         """There is nobody to thaw: that is no longer tried, and nobody is bothered with it."""
-        self.patch(guest, "_PAUSES_SECONDS", (0, 0))
+        self.patch(guest, "_PAUSES_SECONDS", (0.01, 0.01))
         self.patch(guest, "_THAW_SECONDS", world.PATIENCE_SECONDS)
         self.engine.meanwhile["snap"] = lambda: end(self)
         self._assert_snapshot(self.snapshot(), disk_format="raw")
@@ -635,7 +635,7 @@ class FrozenByAnEarlierLife(world.ServerCase):
 
     def test_libvirtd_that_restarts_meanwhile(self):
         """The guest is found anew, for what came of the old connection is of no use any more."""
-        self.patch(guest, "_PAUSES_SECONDS", (0, 0))
+        self.patch(guest, "_PAUSES_SECONDS", (0.01, 0.01))
         lost = world.libvirt_error("client socket is closed", source=fakelibvirt.VIR_FROM_RPC)
 
         def restart():
@@ -651,7 +651,7 @@ class FrozenByAnEarlierLife(world.ServerCase):
     @ddt.named_data(*world.crossed(ENDINGS))
     def test_guest_that_goes_meanwhile(self, end):
         """There is nobody to thaw."""
-        self.patch(guest, "_PAUSES_SECONDS", (0, 0))
+        self.patch(guest, "_PAUSES_SECONDS", (0.01, 0.01))
 
         def go():
             end(self)
