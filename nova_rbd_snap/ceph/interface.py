@@ -125,6 +125,7 @@ class Cluster(Protocol):
         """Freeze the rbd image now; returns the snapshot's id. About a second: a monitor's proposal.
 
         :raises AlreadyThere: the name is taken by another snapshot.
+        :raises NoSpace: it is there, but cannot be read: the pool is full.
         """
 
     def protect_snap(self, snap: SnapSpec) -> None:

@@ -214,9 +214,17 @@ class LibrbdCluster:
                 raise errors.HolderSilent(f"{client} ({address}) has the lock of {image}, and is dead or frozen")
 
     def create_snap(self, snap: SnapSpec) -> int:
-        with self._image(snap.image, f"create snapshot {snap}") as opened:
+        doing = f"create snapshot {snap}"
+        with self._image(snap.image, doing) as opened:
             opened.create_snap(snap.name)
-            return int(opened.snap_get_id(snap.name))
+            snap_id = int(opened.snap_get_id(snap.name))
+        with _translated(doing), self._pool(snap.image.pool) as ioctx:
+            try:
+                rbd.Image(ioctx, snap.image.name, snapshot=snap.name, read_only=True).close()
+            except rbd.ImageNotFound as error:
+                # librbd makes it all the same where there was no room for its object map.
+                raise errors.NoSpace(f"{doing}: it cannot be read, as in a pool that is full") from error
+        return snap_id
 
     def protect_snap(self, snap: SnapSpec) -> None:
         with self._image(snap.image, f"protect snapshot {snap}") as opened:

@@ -624,10 +624,12 @@ class FrozenByAnEarlierLife(world.ServerCase):
     def test_one_that_hangs(self):
         """It holds up neither nova-compute's start, nor the others, nor the engine."""
         self.patch(driver.LibvirtDriver.__base__, "init_host")
-        self.patch(process, "await_identity")
+        identity = self.patch(process, "await_identity", world.Silence(self))
         self.freeze(self.others)
         self.domain.fsThaw = hanging = world.Silence(self)
         self.driver.init_host("here")
+        self.assertFalse(self.engine.kept.is_set())
+        identity.end()
         self.assertTrue(self.others_domain.until(lambda: not self.others_domain.frozen))
         self.assertTrue(self.engine.kept.wait(world.PATIENCE_SECONDS))
         self.assertTrue(hanging.begun.wait(world.PATIENCE_SECONDS))

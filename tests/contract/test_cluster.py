@@ -795,14 +795,15 @@ def test_cut_off(world: World, snap: SnapSpec, dest: ImageSpec, act: Act) -> Non
 
 
 def test_full_pool(world: World, cluster: Cluster, snap: SnapSpec) -> None:
-    """Nothing hangs: what needs room says NoSpace and leaves nothing; snapshots come and go, and so do pairs of an
-    object that exists; removing or trashing the first rbd image ever fails, but not with Missing, for it is there, and
-    any later one goes; with room again all works."""
+    """Nothing hangs: what needs room says NoSpace and leaves nothing, but for a snapshot that cannot be read; snapshots
+    go, and so do pairs of an object that exists; removing or trashing the first rbd image ever fails, but not with
+    Missing, for it is there, and any later one goes; with room again all works."""
     pool = world.new_pool()
     first, second, third = (ImageSpec(pool, name) for name in ("first", "second", "third"))
     cluster.clone(snap, first, None)
     cluster.clone(snap, second, None)
     cluster.omap_replace(pool, "x", "key", None, "old")
+    cluster.create_snap(first.snap("s"))
     with world.fill(pool):
         with pytest.raises(errors.NoSpace):
             cluster.clone(snap, third, None)
@@ -812,10 +813,12 @@ def test_full_pool(world: World, cluster: Cluster, snap: SnapSpec) -> None:
             cluster.flatten(first, go_on)
         cluster.omap_replace(pool, "x", "key", "old", "new")
         cluster.omap_replace(pool, "x", "key", "new", None)
-        cluster.create_snap(first.snap("s"))
-        cluster.protect_snap(first.snap("s"))
-        cluster.unprotect_snap(first.snap("s"))
-        cluster.remove_snap(first.snap("s"))
+        with pytest.raises(errors.NoSpace):
+            cluster.create_snap(first.snap("late"))
+        for name in ("s", "late"):
+            cluster.protect_snap(first.snap(name))
+            cluster.unprotect_snap(first.snap(name))
+            cluster.remove_snap(first.snap(name))
         for change in (cluster.remove, cluster.trash):
             with pytest.raises(errors.CephError) as caught:
                 change(first)

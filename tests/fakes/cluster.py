@@ -376,6 +376,8 @@ class FakeCluster:
             raise errors.AlreadyThere(f"{snap} exists")
         made = _Snap(next(self._state.numbers), snap.name, image, dict(image.objects), image.parent, self.now)
         image.snaps.append(made)
+        if self._pool(snap.image.pool).full:
+            raise errors.NoSpace(f"{snap} cannot be read")
         return made.id
 
     @_call
