@@ -68,7 +68,10 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
 
     def _look_after(self) -> None:
         """What earlier snapshots left, also where no new ones shall be taken."""
-        thaw_all(self)
+        try:
+            thaw_all(self)
+        except Exception as error:  # the engine is started all the same
+            LOG.error("Cannot look for guests that were left frozen: %s; restart nova-compute", error)
         process.await_identity()
         if CONF.rbd_snap.enabled:
             self._check()

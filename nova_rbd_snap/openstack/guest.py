@@ -267,9 +267,11 @@ def _insist_on(thaw: Callable[[], None], server: Any) -> None:
 
 
 def thaw_all(driver: Any) -> None:
-    """Let go the guests that an earlier life of this nova-compute froze, and died."""
-    for guest in driver._host.list_guests():
-        if _mark(guest).exists():
+    """Let go the guests that an earlier life of this nova-compute froze, and died. One that is off is so no more."""
+    for guest in driver._host.list_guests(only_running=False):
+        if guest.get_power_state(driver._host) not in _ON:
+            _mark(guest).unlink(missing_ok=True)
+        elif _mark(guest).exists():
             LOG.warning("nova-compute died while the guest of server %s was frozen: it is let go", guest.uuid)
             Call(functools.partial(_let_go_of, driver._host, guest))
 

@@ -140,6 +140,21 @@ def test_snapshot_that_takes_too_long(cloud: Cloud, boot: Boot, held_at: Any, re
     assert not log.lines("copied in full")
 
 
+def test_nova_compute_dies_while_it_holds_the_guest_still(cloud: Cloud, boot: Boot, held_at: Any) -> None:
+    """Its next life lets the guest go, and nothing else is left."""
+    server = boot(**AGENT)
+    before, log = cloud.picture(), Log()
+    image_id = held_at(server, "snap")
+    os.kill(cloud.nova_compute, signal.SIGKILL)
+    assert agent(server, "guest-fsfreeze-status") == "frozen"
+    held_at.go_on()
+    cloud.nova_compute_is_back(log)
+    log.has(f"the guest of server {server.id} was frozen")
+    assert_thawed(server)
+    eventually(lambda: cloud.image(image_id) is None, "the image record is deleted")
+    cloud.unchanged(before)
+
+
 def test_guest_that_freezes_amid_its_snapshot(cloud: Cloud, boot: Boot, held_at: Any) -> None:
     """The snapshot of its disk is not removed, neither then nor once Ceph takes it for dead: that would cost it this.
     The image is good, and what is left goes by itself when the guest wakes."""

@@ -245,11 +245,16 @@ class RealWorld(world.World):
     def full(self, pool: str) -> Mischief:
         name = self._pool(pool)
         set_quota = self._servers.set_quota
-        return self._begins(lambda: self._heard(set_quota, name, 1), lambda: set_quota(name, 0))
+        return self._begins(lambda: self._heard(set_quota, name, 1), lambda: self._roomy(set_quota, name, 0))
 
     def full_cluster(self) -> Mischief:
         set_full = self._servers.set_full
-        return self._begins(lambda: self._heard(set_full, full=True), lambda: set_full(full=False))
+        return self._begins(lambda: self._heard(set_full, full=True), lambda: self._roomy(set_full, full=False))
+
+    def _roomy(self, change: Callable[..., None], *arguments: Any, **more: Any) -> None:
+        change(*arguments, **more)
+        if self.status() is None and self.image_id not in self._servers.jobs():
+            eventually(lambda: not self.has_data(), "Glance gives up the upload that waited for room")
 
     def _heard(self, change: Callable[..., None], *arguments: Any, **more: Any) -> None:
         """Make a change of which the engine's client has heard."""

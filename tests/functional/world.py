@@ -226,7 +226,8 @@ class World:
         found: dict[str, Any] = {"jobs": self.jobs()}
         for pool, ioctx in self.ioctx.items():
             for name in rbd.RBD().list(ioctx):
-                with rbd.Image(ioctx, name, read_only=True) as image:
+                found[f"{pool}/{name}"] = "half-made"
+                with contextlib.suppress(rbd.ImageNotFound), rbd.Image(ioctx, name, read_only=True) as image:
                     found[f"{pool}/{name}"] = [(snap["name"], snap["namespace"]) for snap in image.list_snaps()]
         return found
 
