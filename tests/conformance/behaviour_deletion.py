@@ -13,11 +13,11 @@ from nova.storage import rbd_utils
 from nova.tests.fixtures import libvirt as fakelibvirt
 
 from nova_rbd_snap import errors
+from nova_rbd_snap.openstack import driver
 
 
-@ddt.ddt
-class DeletedServer(world.ServerCase):
-    """What Nova asks the driver for once the server's QEMU is gone."""
+class GoingServer(world.ServerCase):
+    """A server that may be deleted."""
 
     def setUp(self):
         super().setUp()
@@ -61,6 +61,11 @@ class DeletedServer(world.ServerCase):
         self.assertRaises(exception.UnexpectedDeletingTaskStateError, request)
         self.copy.assert_not_called()
         self.assert_no_image()
+
+
+@ddt.ddt
+class DeletedServer(GoingServer):
+    """What Nova asks the driver for once the server's QEMU is gone."""
 
     def test_its_disks_are_removed_and_no_others(self):
         self.delete()
@@ -146,3 +151,44 @@ class DeletedServer(world.ServerCase):
         """Nova's own business: the disk itself is kept, for it is rolled back."""
         self.delete(task_states.RESIZE_REVERTING)
         self.assertEqual({self.disk, self.others_disk}, self.engine.disks)
+
+
+@ddt.ddt
+class ShelvedServer(GoingServer):
+    """Nova shelves and deletes under one lock: that a server is to go shows in its task state alone."""
+
+    def setUp(self):
+        super().setUp()
+        self.server.task_state = task_states.SHELVING
+        self.patch(driver, "_LOOK_SECONDS", 0.01)
+
+    def assert_no_record(self):
+        self.assertNotIn(self.image_id, self.image_service.images)
+        self.assert_nothing_left()
+
+    def test_deletion_that_waits_for_the_shelve(self):
+        """It ends the shelve, and its image record with it: Nova deletes none of a shelve."""
+        reached = self.hold("flatten")
+        request = world.Beside(self.snapshot)
+        self.assertTrue(reached.wait(world.PATIENCE_SECONDS))
+        self.server.task_state = task_states.DELETING
+        self.assertRaises(exception.UnexpectedDeletingTaskStateError, request.end)
+        self.assert_no_record()
+
+    @ddt.data("clone", "clone nova")
+    def test_shelve_that_fails(self, ways):
+        """Nothing would ever come of the record."""
+        self.flags(ways=ways.split(), group="rbd_snap")
+        self.engine.meanwhile["snap"] = world.failing(errors.Unreachable("no answer"))
+        self.assertRaises(exception.NovaException, self.snapshot)
+        self.assert_no_record()
+
+    def test_snapshot_that_fails(self):
+        """Of it Nova deletes the record itself."""
+        self.server.task_state = task_states.IMAGE_SNAPSHOT
+        self.engine.meanwhile["snap"] = world.failing(errors.Unreachable("no answer"))
+        self.assertRaises(exception.NovaException, self.snapshot)
+        self.assert_no_image()
+
+    def test_shelve(self):
+        self._assert_snapshot(self.snapshot(), disk_format="raw")

@@ -337,6 +337,9 @@ class GlanceInMemory:
     def answers(self):
         return True
 
+    def delete(self, image_id):
+        del self._images[image_id]
+
     def set_properties(self, image_id, properties):
         image = self._image(image_id)
         for name, value in properties.items():
