@@ -353,9 +353,7 @@ class Engine:
     def _reclaim(self, job: Job, images: jobs.Images) -> Optional[errors.SnapError]:
         """End the job if it is to be ended; returns why it stays although it is."""
         if not self._is_mine(job):
-            us = self._owner(job.owner.client)
-            if (job.owner.cloud, job.owner.host) == (us.cloud, us.host):
-                self._tell(f"job {job.id}", f"left alone: it is of host {us.host}, but of machine {job.owner.machine}")
+            self._tell_of_namesake(job)
             return None
         try:
             if job.id in self._held:  # else its work would be waited for
@@ -373,6 +371,12 @@ class Engine:
         self._told.pop(f"job {job.id}", None)
         LOG.info("Job %s, left by earlier work, is ended", job.id)
         return None
+
+    def _tell_of_namesake(self, job: Job) -> None:
+        """A job that may well be ours, of before our configuration, or the machine's id, was changed."""
+        us, them = self._owner(job.owner.client), job.owner
+        if them.host == us.host and (them.machine == us.machine or them.cloud == us.cloud):
+            self._tell(f"job {job.id}", f"left alone: of machine {them.machine} of cloud {them.cloud!r}, not ours")
 
     def _tell(self, what: str, text: str) -> None:
         if self._told.get(what) != text:

@@ -193,18 +193,22 @@ def test_no_snapshot_waits_for_the_word_about_another() -> None:
     assert jobs(cluster) == []
 
 
-def test_machine_that_changed_its_id_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    """Of this host's name, but not of this machine: left alone, and told once; of another cloud's nothing is said."""
+def test_namesake_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """This host's name, and its machine or its cloud: left alone, and told once, for one of them may have changed. Of
+    another cloud's machine of that name nothing is said."""
     cluster = populated()
     freeze(make_engine(cluster, machine="machine-0"))
-    clone(make_engine(cluster, cloud="elsewhere"))
+    clone(make_engine(cluster, cloud="former address"))
+    clone(make_engine(cluster, machine="machine-0", cloud="elsewhere"), image_id="22222222-2222-4222-8222-222222222223")
     left = cluster.picture()
     engine = make_engine(cluster, life="life-2", images=FakeImages(False, False))
     with caplog.at_level(logging.WARNING):
         engine.reclaim()
         engine.reclaim()
-    (record,) = caplog.records
-    assert "machine-0" in record.getMessage()
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert "machine-0" in told[0]
+    assert "former address" in told[1]
     assert cluster.picture() == left
 
 
