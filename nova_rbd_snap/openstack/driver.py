@@ -415,8 +415,7 @@ class _Request:
                     task_state=task_states.IMAGE_UPLOADING, expected_state=task_states.IMAGE_UPLOADING
                 )
             except exception.UnexpectedDeletingTaskStateError:
-                self._cancel()
-                return
+                self._cancel()  # again at the next look, if the work comes to the engine only after this
             except Exception as error:  # the conductor may answer the next time
                 LOG.debug("Cannot look whether the server is being deleted: %s", error, instance=self.instance)
 
