@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-PYTEST = "python3 -m pytest -p no:cacheprovider"
+PYTEST = "python3 -m pytest -p no:cacheprovider --disable-warnings"
 #: A suite that hangs shall fail with its log, while there is somebody to read it.
 LONGEST_SECONDS = 40 * 60
 

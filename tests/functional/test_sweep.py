@@ -356,7 +356,7 @@ def test_processes_that_are_not_seen(operator: Operator) -> None:
         ("[glance]\nendpoint_override = http://127.0.0.1:1\n", "Unable to establish connection"),
         ("[service_user]\npassword = wrong\n", "authentication"),
         ("auth_section = nowhere\n", "no auth_type"),
-        ("[service_user]\nusername = demo\nproject_name = demo\n", "lacks the role 'admin'"),
+        ("[service_user]\nusername = demo\npassword = lab\nproject_name = demo\n", "lacks the role 'admin'"),
     ],
     ids=["silent", "wrong password", "no credentials", "no rights"],
 )
