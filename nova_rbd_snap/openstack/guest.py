@@ -59,19 +59,21 @@ class Call:
     def __init__(self, call: Callable[[], Any]) -> None:
         self._call = call
         self.error: Optional[Exception] = None
-        self._thread = threading.Thread(target=self._run, name="nova-rbd-snap-guest", daemon=True)
-        self._thread.start()
+        # Not the thread's own join: under eventlet on Python 3.13 that raises when time is up.
+        self._over = threading.Event()
+        threading.Thread(target=self._run, name="nova-rbd-snap-guest", daemon=True).start()
 
     def _run(self) -> None:
         try:
             self._call()
         except Exception as error:  # raised to whoever still waits
             self.error = error
+        finally:
+            self._over.set()
 
     def ended(self, seconds: Optional[float]) -> bool:
         """Whether it has come to an end after so many seconds at most; None waits for it."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
+        return self._over.wait(seconds)
 
 
 class Guest:
