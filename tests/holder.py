@@ -1,15 +1,17 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """Who has an rbd image open as QEMU does, with its lock, in a process of its own that can be frozen."""
 
 from __future__ import annotations
 
 import contextlib
+import pathlib
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+
+from nova_rbd_snap.specs import client_address
 
 _PAUSE_SECONDS = 0.05
 _BLOCK = b"held" * 128
@@ -17,12 +19,20 @@ _END_SECONDS = 60
 
 
 class Holder:
-    """A process that writes to the end of the rbd image all the time, and says so."""
+    """A process that writes to the end of the rbd image all the time, and says so.
+
+    :ivar address: of its client, as the blocklist takes it.
+    """
 
     def __init__(self, ceph_conf: str, user: str, pool: str, name: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, ceph_conf, user, pool, name], stdout=subprocess.PIPE, bufsize=0
+            [sys.executable, "-m", "tests.holder", ceph_conf, user, pool, name],
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            cwd=pathlib.Path(__file__).resolve().parent.parent,
         )
+        assert self._process.stdout is not None
+        self.address = client_address(self._process.stdout.readline().decode())
         self.assert_writing()
 
     def freeze(self) -> None:
@@ -71,6 +81,7 @@ def _hold(ceph_conf: str, user: str, pool: str, name: str) -> None:
         cluster.open_ioctx(pool) as ioctx,
         rbd.Image(ioctx, name) as image,
     ):
+        print(cluster.get_addrs(), flush=True)
         while not over.is_set():
             image.write(_BLOCK, image.size() - len(_BLOCK))
             sys.stdout.write(".")

@@ -117,7 +117,8 @@ class Cluster(Protocol):
 
         librbd takes the lock of a holder that is silent for 30 s away, and blocklists it (``docs/design/ceph.rst``).
 
-        :raises HolderSilent: there is none, or who has the lock does not even watch the rbd image: dead or frozen.
+        :raises HolderSilent: there is none, or who has the lock does not even watch the rbd image: dead or frozen. But
+            whoever is fenced has no rbd image to lose.
         :raises Missing: no such rbd image.
         """
 

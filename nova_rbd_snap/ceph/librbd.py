@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import json
 from collections.abc import Iterator
 from typing import Any, Optional
 
@@ -210,8 +211,14 @@ class LibrbdCluster:
             lockers = opened.list_lockers()
             watchers = {f"client.{watcher['id']}" for watcher in opened.watchers_list()}
         for client, cookie, address in lockers["lockers"] if lockers else ():
-            if cookie.startswith(_EXCLUSIVE_LOCK) and client not in watchers:
+            if cookie.startswith(_EXCLUSIVE_LOCK) and client not in watchers and not self._is_fenced(address):
                 raise errors.HolderSilent(f"{client} ({address}) has the lock of {image}, and is dead or frozen")
+
+    def _is_fenced(self, address: str) -> bool:
+        """Whether the client is cut off already; False where that is not told."""
+        command = json.dumps({"prefix": "osd blocklist ls", "format": "json"})
+        code, answer, _ = self._rados.mon_command(command, b"")
+        return code == 0 and any(entry["addr"] == address for entry in json.loads(answer))
 
     def create_snap(self, snap: SnapSpec) -> int:
         doing = f"create snapshot {snap}"

@@ -47,6 +47,8 @@ class Guest(Protocol):
 class Holder(Protocol):
     """See :class:`tests.holder.Holder`."""
 
+    address: str
+
     def freeze(self) -> None: ...
     def go_on(self) -> None: ...
     def assert_writing(self) -> None: ...
@@ -203,11 +205,13 @@ class _FakeGuest:
 class _FakeHolder:
     """See :class:`Holder`."""
 
+    address = "192.0.2.3:0/7"
+
     def __init__(self, cluster: fake.FakeCluster, image: ImageSpec) -> None:
         self._cluster, self._image = cluster, image
 
     def freeze(self) -> None:
-        self._cluster.freeze_holder(self._image)
+        self._cluster.freeze_holder(self._image, address=self.address)
 
     def go_on(self) -> None:
         self._cluster.freeze_holder(self._image, frozen=False)

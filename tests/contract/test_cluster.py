@@ -148,7 +148,8 @@ def test_fencing_tells_clients_of_one_machine_apart(world: World, cluster: Clust
 
 
 def test_holder_that_is_asked(world: World, cluster: Cluster, disk: ImageSpec) -> None:
-    """One that is frozen gives no sign of life, and is none the worse for having been asked; nor does a dead one."""
+    """One that is frozen gives no sign of life, and is none the worse for having been asked; nor does a dead one. One
+    that is cut off has nothing to lose."""
     cluster.ask_holder(disk)
     cluster.create_snap(disk.snap("s"))
     with world.holder(disk) as holder:
@@ -164,6 +165,9 @@ def test_holder_that_is_asked(world: World, cluster: Cluster, disk: ImageSpec) -
         holder.die()
         with pytest.raises(errors.HolderSilent):
             cluster.ask_holder(disk)
+        cluster.fence(holder.address)
+        cluster.ask_holder(disk)
+        cluster.create_snap(disk.snap("s"))
 
 
 def host(address: str) -> str:

@@ -167,9 +167,9 @@ def test_guest_that_freezes_amid_its_snapshot(cloud: Cloud, boot: Boot, held_at:
         cloud.settled(server)
         assert cloud.image(image_id).status == "active"
         assert must_be_replayed(cloud, cloud.images, image_id, "snap")
-        log.has(f"Job {image_id} stays in the ledger.*does not answer")
+        log.has(f"Job {image_id}: stays in the ledger.*does not answer")
         eventually(lambda: not watchers(cloud, server), "its watch has timed out")
-        log.has(f"Job {image_id} stays in the ledger.*dead or frozen")
+        log.has(f"Job {image_id}: stays in the ledger.*dead or frozen")
     finally:
         os.kill(qemu, signal.SIGCONT)
     eventually(lambda: watchers(cloud, server), "it has its disk again")

@@ -68,8 +68,8 @@ class _Image:
     half: Optional[str] = None
     # How many attempts to remove it find it open somewhere.
     busy: float = 0
-    # Who has it open does not answer: frozen, or dead.
-    holder_is_silent: bool = False
+    # Address of who has it open and does not answer: frozen, or dead.
+    silent_holder: Optional[str] = None
 
     def parents(self) -> set[_Snap]:
         """The snapshots that its head and its own snapshots depend on."""
@@ -219,9 +219,9 @@ class FakeCluster:
         """Let somebody have the rbd image open for that many attempts to remove it."""
         self._open(spec).busy = attempts
 
-    def freeze_holder(self, spec: ImageSpec, frozen: bool = True) -> None:
+    def freeze_holder(self, spec: ImageSpec, frozen: bool = True, address: str = "192.0.2.2:0/1") -> None:
         """Let who has the rbd image open be silent, or answer again."""
-        self._open(spec).holder_is_silent = frozen
+        self._open(spec).silent_holder = address if frozen else None
 
     def fill(self, pool: str, full: bool = True) -> None:
         """Use up the pool's quota, or make room again."""
@@ -366,7 +366,7 @@ class FakeCluster:
 
     @_call
     def ask_holder(self, image: ImageSpec) -> None:
-        if self._open(image).holder_is_silent:
+        if self._open(image).silent_holder not in (None, *self.fenced):
             raise errors.HolderSilent(f"who has {image} open does not answer")
 
     @_call

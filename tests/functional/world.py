@@ -104,7 +104,8 @@ class World:
     def engine_with(self, settings: conf.Settings, *, host: str, life: str, **more: Any) -> Engine:
         """An engine with such *settings*."""
         images = registration.Images(lambda: self.service, TIMEOUT_SECONDS)
-        return Engine(settings, functools.partial(Owner, host, "machine", life), images=images, **more)
+        owner = functools.partial(Owner, host, "machine", life, cloud=keystone.cloud(self.conf, settings))
+        return Engine(settings, owner, images=images, **more)
 
     def clone(self, engine: Engine, disk: str, image_id: str) -> str:
         """The clone, ready to be registered; returns its location."""
