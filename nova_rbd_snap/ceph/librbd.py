@@ -216,9 +216,9 @@ class LibrbdCluster:
 
     def _is_fenced(self, address: str) -> bool:
         """Whether the client is cut off already; False where that is not told."""
-        command = json.dumps({"prefix": "osd blocklist ls", "format": "json"})
-        code, answer, _ = self._rados.mon_command(command, b"")
-        return code == 0 and any(entry["addr"] == address for entry in json.loads(answer))
+        # As text, for as JSON Ceph 18 sends two lists without anything between them.
+        code, answer, _ = self._rados.mon_command(json.dumps({"prefix": "osd blocklist ls"}), b"")
+        return code == 0 and any(line.split()[:1] == [address] for line in answer.decode().splitlines())
 
     def create_snap(self, snap: SnapSpec) -> int:
         doing = f"create snapshot {snap}"
