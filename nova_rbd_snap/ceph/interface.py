@@ -18,12 +18,6 @@ from nova_rbd_snap.specs import ImageSpec, SnapSpec, client_address
 OnProgress = Callable[[int, int], bool]
 
 
-def always_on(done: int, total: int) -> bool:
-    """The :data:`OnProgress` of whom it does not interest."""
-    return True
-
-
-
 def one_client(address: str) -> str:
     """*address* as the blocklist takes it.
 
@@ -164,9 +158,10 @@ class Cluster(Protocol):
         :raises Cancelled: *on_progress* asked to stop; the parent is kept.
         """
 
-    def remove(self, image: ImageSpec, on_progress: OnProgress = always_on) -> None:
-        """Remove a whole or half-made rbd image; it cannot be asked to stop.
+    def remove(self, image: ImageSpec, on_progress: Optional[Callable[[int, int], object]] = None) -> None:
+        """Remove a whole or half-made rbd image.
 
+        :param on_progress: called with objects done and objects in all; it cannot ask to stop.
         :raises Missing: the name is free.
         :raises HasSnapshots: it has snapshots.
         :raises Busy: it is open somewhere; a dead client counts for about 30 s.

@@ -12,14 +12,14 @@ import datetime
 import errno
 import json
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import rados
 import rbd
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph import translate
-from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo, always_on, one_client
+from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo, one_client
 from nova_rbd_snap.specs import ImageSpec, SnapSpec, client_address
 
 _OMAP_PAGE = 1000
@@ -292,9 +292,10 @@ class LibrbdCluster:
                 raise errors.CephError(f"{doing}: librbd says not found, but it is still there") from error
             raise
 
-    def remove(self, image: ImageSpec, on_progress: OnProgress = always_on) -> None:
+    def remove(self, image: ImageSpec, on_progress: Optional[Callable[[int, int], object]] = None) -> None:
         def step(done: int, total: int) -> int:
-            on_progress(done, total)
+            if on_progress is not None:
+                on_progress(done, total)
             return 0
 
         with self._removing(f"remove {image}", image) as ioctx:

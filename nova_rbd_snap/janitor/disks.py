@@ -7,6 +7,7 @@ What somebody else needs keeps the disk, and is told.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Container, Iterator
 
@@ -53,7 +54,8 @@ def _remove(disk: ImageSpec, run: Run, at_work: Container[str]) -> Iterator[str]
         return
     try:
         doing = f"remove {disk.name}"
-        steps.when_free(run, doing, lambda image: run.cluster.remove(image, run.tell(doing)), disk)
+        on_progress = functools.partial(run.report, doing)
+        steps.when_free(run, doing, functools.partial(run.cluster.remove, on_progress=on_progress), disk)
     except errors.HasSnapshots:
         yield f"{disk} stays: somebody took a snapshot of it just now"
     except errors.Busy:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Protocol
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.ceph.interface import Cluster, OnProgress
+from nova_rbd_snap.ceph.interface import Cluster
 from nova_rbd_snap.engine import Report, unheard
 from nova_rbd_snap.ledger.job import Job
 from nova_rbd_snap.ledger.store import Ledger
@@ -40,15 +40,6 @@ class Run:
     orphaned: Callable[[], bool] = lambda: False
     too_late: Callable[[], bool] = lambda: False
 
-
-    def tell(self, doing: str) -> OnProgress:
-        """Reports the progress of one call."""
-
-        def on_progress(done: int, total: int) -> bool:
-            self.report(doing, done, total)
-            return True
-
-        return on_progress
 
 
 class Step(Protocol):

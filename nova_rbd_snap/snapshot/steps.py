@@ -8,6 +8,7 @@ the least that stand between the tenant and the image (``docs/design/clone.rst``
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -96,7 +97,7 @@ class Clone:
             elif dest.name not in run.cluster.images(dest.pool):
                 return
             # A name that is free but listed: somebody died while removing it, and librbd goes on from there.
-            run.cluster.remove(dest, run.tell("undo clone"))
+            run.cluster.remove(dest, functools.partial(run.report, "undo clone"))
 
         with contextlib.suppress(errors.Missing):
             when_free(run, "undo clone", remove, _dest(job))

@@ -11,6 +11,7 @@ import pytest
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.conf import Settings
+from nova_rbd_snap.engine import unheard
 from nova_rbd_snap.engine.service import Engine, Report
 from nova_rbd_snap.ledger.job import Owner, copy_id
 from nova_rbd_snap.ledger.store import Ledger
@@ -65,10 +66,6 @@ def disk(world: World) -> ImageSpec:
 def dest(world: World) -> ImageSpec:
     """Where the snapshot goes."""
     return ImageSpec(world.images, str(uuid.uuid4()))
-
-
-def unheard(step: str, done: int, total: int) -> None:
-    pass
 
 
 def clone(engine: Engine, disk: ImageSpec, dest: ImageSpec, report: Report = unheard) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, NoReturn, Optional, Union
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo, always_on, one_client
+from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo, one_client
 from nova_rbd_snap.specs import ImageSpec, SnapSpec
 
 #: Size of one object of an rbd image; content is kept per object.
@@ -119,7 +119,7 @@ def _call(method: Callable[..., Any]) -> Callable[..., Any]:
     name = method.__name__
 
     @functools.wraps(method)
-    def called(self: FakeCluster, *args: Any) -> Any:
+    def called(self: FakeCluster, *args: Any, **more: Any) -> Any:
         state = self._state
         with state.lock:
             state.calls.append(name)
@@ -134,7 +134,7 @@ def _call(method: Callable[..., Any]) -> Callable[..., Any]:
             raise errors.Blocklisted(f"{name}: this client was cut off")
         # A flatten lets others in between two objects.
         with state.lock if name != "flatten" else nullcontext():
-            result = method(self, *args)
+            result = method(self, *args, **more)
         for rule in due:
             if rule.applied:
                 rule.action(*args)
@@ -460,7 +460,7 @@ class FakeCluster:
             self._detached(before - found.parents())
 
     @_call
-    def remove(self, image: ImageSpec, on_progress: OnProgress = always_on) -> None:
+    def remove(self, image: ImageSpec, on_progress: Optional[Callable[[int, int], object]] = None) -> None:
         pool = self._pool(image.pool)
         found = pool.images.get(image.name)
         if found is None:
@@ -471,7 +471,8 @@ class FakeCluster:
             found.busy -= 1
             raise errors.Busy(f"{image} is open somewhere")
         self._make_trash(image)
-        on_progress(found.object_count, found.object_count)
+        if on_progress is not None:
+            on_progress(found.object_count, found.object_count)
         del pool.images[image.name]
         self._detached(found.parents())
 

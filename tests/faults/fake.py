@@ -10,6 +10,7 @@ from typing import Any, Callable, NoReturn, Optional
 from keystoneauth1 import exceptions as ksa
 
 from nova_rbd_snap import errors
+from nova_rbd_snap.engine import unheard
 from nova_rbd_snap.engine.service import Engine
 from nova_rbd_snap.ledger.job import SNAP_PREFIX
 from nova_rbd_snap.ledger.store import OBJECT
@@ -22,7 +23,7 @@ from tests.fakes.glance import Answer, FakeImageService
 from tests.faults import world
 from tests.faults.guest import FakeGuest
 from tests.faults.matrix import ENGINE, Cell
-from tests.faults.request import Request, unheard
+from tests.faults.request import Request
 from tests.faults.sabotage import Adapter, Mischief, images_in
 
 TIMEOUT_SECONDS = 60

@@ -11,6 +11,7 @@ import rbd
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.librbd import LibrbdCluster
+from nova_rbd_snap.engine import unheard
 from nova_rbd_snap.engine.service import Engine
 from nova_rbd_snap.ledger.job import SNAP_PREFIX, copy_id
 from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, Location
@@ -18,7 +19,7 @@ from tests import daemons
 from tests.fakes.glance_proxy import Request as HttpRequest
 from tests.faults import world
 from tests.faults.matrix import Cell
-from tests.faults.request import Request, unheard
+from tests.faults.request import Request
 from tests.faults.sabotage import Adapter, Mischief
 from tests.functional.world import CEPH_CONF, HURRIED_SECONDS, MIB, TIMEOUT_SECONDS, World
 from tests.holder import Holder

@@ -13,7 +13,7 @@ import threading
 from typing import Any, Callable, Optional
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.engine import Report, server
+from nova_rbd_snap.engine import Report, server, unheard
 from nova_rbd_snap.engine.client import EngineClient
 from nova_rbd_snap.engine.service import Engine
 from nova_rbd_snap.ledger.job import copy_id
@@ -218,7 +218,3 @@ class Request:
     def _thaw(self, job_id: str) -> None:
         with contextlib.suppress(errors.SnapError):  # what stays is in the ledger; the copy's own outcome counts
             self._compute.rollback(job_id)
-
-
-def unheard(step: str, done: int, total: int) -> None:
-    """Progress that nobody follows."""

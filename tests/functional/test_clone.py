@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from nova_rbd_snap import errors
+from nova_rbd_snap.engine import unheard
 from nova_rbd_snap.ledger.job import copy_id
 from nova_rbd_snap.openstack import clone
-from tests.functional.world import World, unheard
+from tests.functional.world import World
 
 
 def assert_whole(world: World, disk: str, image_id: str, before: dict[str, Any]) -> None:

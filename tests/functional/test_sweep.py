@@ -23,12 +23,12 @@ import pytest
 import rbd
 
 from nova_rbd_snap import conf, errors
-from nova_rbd_snap.engine import wiring
+from nova_rbd_snap.engine import unheard, wiring
 from nova_rbd_snap.engine.service import Engine
 from nova_rbd_snap.ledger.job import Owner
 from nova_rbd_snap.ledger.store import OBJECT
 from nova_rbd_snap.specs import ImageSpec
-from tests.functional.world import CEPH_CONF, MIB, NOVA_CONF, World, unheard
+from tests.functional.world import CEPH_CONF, MIB, NOVA_CONF, World
 
 SOURCE = Path(__file__).resolve().parents[2]
 #: Between what is left over and what is fresh: the command may take half of it to begin.

@@ -19,6 +19,7 @@ from keystoneauth1.identity import v3
 
 from nova_rbd_snap import conf, errors
 from nova_rbd_snap.ceph.librbd import LibrbdCluster
+from nova_rbd_snap.engine import unheard
 from nova_rbd_snap.engine.service import Engine
 from nova_rbd_snap.ledger.job import Owner
 from nova_rbd_snap.ledger.store import OBJECT
@@ -231,7 +232,3 @@ class World:
                 with contextlib.suppress(rbd.ImageNotFound), rbd.Image(ioctx, name, read_only=True) as image:
                     found[f"{pool}/{name}"] = [(snap["name"], snap["namespace"]) for snap in image.list_snaps()]
         return found
-
-
-def unheard(step: str, done: int, total: int) -> None:
-    """Progress that nobody follows."""

@@ -161,35 +161,35 @@ def test_frozen_snapshot_goes_without_glances_word() -> None:
     assert cluster.picture() == before
 
 
-def test_frozen_snapshots_come_first() -> None:
-    """A Glance that keeps one waiting does not keep the frozen snapshots on the disks."""
-    cluster, images = populated(), FakeImages()
-    engine = make_engine(cluster)
-    clone(engine)
-    freeze(engine)
+def asked_once_no_snapshot_is_left(cluster: FakeCluster) -> FakeImages:
+    """Glance that says of every record that it is settled, and is gone."""
+    images = FakeImages()
 
     def settle(image_id: str, url: str, server: str) -> bool:
         assert cluster.snaps(DISK) == []
         return False
 
     images.settle = settle  # type: ignore[method-assign]
-    make_engine(cluster, life="life-2", images=images).reclaim()
+    return images
+
+
+def test_frozen_snapshots_come_first() -> None:
+    """A Glance that keeps one waiting does not keep the frozen snapshots on the disks."""
+    cluster = populated()
+    engine = make_engine(cluster)
+    clone(engine)
+    freeze(engine)
+    make_engine(cluster, life="life-2", images=asked_once_no_snapshot_is_left(cluster)).reclaim()
     assert jobs(cluster) == []
 
 
 def test_no_snapshot_waits_for_the_word_about_another() -> None:
     """Glance is asked once all has been done that needs no word of it."""
-    cluster, images = populated(), FakeImages()
+    cluster = populated()
     engine = make_engine(cluster)
     for number in range(3):
         freeze(engine, f"22222222-2222-4222-8222-00000000000{number}-copy")
-
-    def settle(image_id: str, url: str, server: str) -> bool:
-        assert cluster.snaps(DISK) == []
-        return False
-
-    images.settle = settle  # type: ignore[method-assign]
-    make_engine(cluster, life="life-2", images=images).reclaim()
+    make_engine(cluster, life="life-2", images=asked_once_no_snapshot_is_left(cluster)).reclaim()
     assert jobs(cluster) == []
 
 
