@@ -152,9 +152,10 @@ class Cluster(Protocol):
         :raises AlreadyThere: *dest* exists.
         """
 
-    def flatten(self, image: ImageSpec, on_progress: OnProgress) -> None:
+    def flatten(self, image: ImageSpec, on_progress: OnProgress) -> ImageInfo:
         """Copy what is still only in the parent and cut the link, for the snapshots of *image*, too. Repeatable.
 
+        :returns: what it is then.
         :raises Cancelled: *on_progress* asked to stop; the parent is kept.
         """
 

@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import errno
 import json
+import struct
 from collections.abc import Iterator
 from typing import Any, Callable, Optional
 
@@ -143,18 +144,21 @@ class LibrbdCluster:
 
     def lookup(self, image: ImageSpec) -> ImageInfo:
         with self._image(image, f"look up {image}", read_only=True) as opened:
-            features = opened.features()
-            mirroring = opened.mirror_image_get_info()["state"]
-            return ImageInfo(
-                id=opened.id(),
-                size_bytes=opened.size(),
-                created=_seconds(opened.create_timestamp()),
-                parent=self._parent(opened),
-                data_pool=self._data_pool(image.pool, opened),
-                deep_flatten=bool(features & rbd.RBD_FEATURE_DEEP_FLATTEN),
-                journaling=bool(features & rbd.RBD_FEATURE_JOURNALING),
-                mirrored=mirroring == rbd.RBD_MIRROR_IMAGE_ENABLED,
-            )
+            return self._info(image.pool, opened)
+
+    def _info(self, pool: str, opened: Any) -> ImageInfo:
+        features = opened.features()
+        mirroring = opened.mirror_image_get_info()["state"]
+        return ImageInfo(
+            id=opened.id(),
+            size_bytes=opened.size(),
+            created=_seconds(opened.create_timestamp()),
+            parent=self._parent(opened),
+            data_pool=self._data_pool(pool, opened),
+            deep_flatten=bool(features & rbd.RBD_FEATURE_DEEP_FLATTEN),
+            journaling=bool(features & rbd.RBD_FEATURE_JOURNALING),
+            mirrored=mirroring == rbd.RBD_MIRROR_IMAGE_ENABLED,
+        )
 
     @staticmethod
     def _parent(opened: Any) -> Optional[SnapSpec]:
@@ -222,16 +226,16 @@ class LibrbdCluster:
 
     def create_snap(self, snap: SnapSpec) -> int:
         doing = f"create snapshot {snap}"
-        with self._image(snap.image, doing) as opened:
+        with self._image(snap.image, doing) as opened, self._pool(snap.image.pool) as ioctx:
             opened.create_snap(snap.name)
             snap_id = int(opened.snap_get_id(snap.name))
-        with _translated(doing), self._pool(snap.image.pool) as ioctx:
-            try:
-                rbd.Image(ioctx, snap.image.name, snapshot=snap.name, read_only=True).close()
-            except rbd.ImageNotFound as error:
-                # librbd makes it all the same where there was no room for its object map.
-                raise errors.NoSpace(f"{doing}: it cannot be read, as in a pool that is full") from error
-        return snap_id
+            if opened.features() & rbd.RBD_FEATURE_OBJECT_MAP:
+                try:
+                    ioctx.stat(f"rbd_object_map.{opened.id()}.{snap_id:016x}")
+                except rados.ObjectNotFound as error:
+                    # librbd makes it all the same where there was no room for its object map.
+                    raise errors.NoSpace(f"{doing}: it cannot be read, as in a pool that is full") from error
+            return snap_id
 
     def protect_snap(self, snap: SnapSpec) -> None:
         with self._image(snap.image, f"protect snapshot {snap}") as opened:
@@ -255,8 +259,13 @@ class LibrbdCluster:
             rbd.RBD().clone(
                 src, source.name, snap.name, dst, dest.name, features=self._clone_features(), data_pool=data_pool
             )
-            with rbd.Image(dst, dest.name, read_only=True) as opened:
-                return str(opened.id())
+            return self._id(dst, dest.name)
+
+    @staticmethod
+    def _id(ioctx: Any, name: str) -> str:
+        """The id of an rbd image, without opening it, and its parent with it."""
+        (length,) = struct.unpack_from("<I", content := ioctx.read(f"rbd_id.{name}"))
+        return str(content[4 : 4 + length].decode())
 
     def _clone_features(self) -> int:
         """The operator's default features and what a clone of ours must have, without what it must not."""
@@ -264,7 +273,7 @@ class LibrbdCluster:
         wanted |= rbd.RBD_FEATURE_LAYERING | rbd.RBD_FEATURE_DEEP_FLATTEN
         return int(wanted & ~rbd.RBD_FEATURE_JOURNALING)
 
-    def flatten(self, image: ImageSpec, on_progress: OnProgress) -> None:
+    def flatten(self, image: ImageSpec, on_progress: OnProgress) -> ImageInfo:
         with self._image(image, f"flatten {image}") as opened:
             object_bytes = opened.stat()["obj_size"]
 
@@ -280,6 +289,7 @@ class LibrbdCluster:
                 # librbd's answer for an image without a parent: flat already, or half-made; the caller can tell.
                 if self._parent(opened) is not None:
                     raise
+            return self._info(image.pool, opened)
 
     @contextlib.contextmanager
     def _removing(self, doing: str, image: ImageSpec) -> Iterator[Any]:

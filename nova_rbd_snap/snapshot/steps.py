@@ -130,8 +130,7 @@ class Flatten:
             return not run.cancelled()
 
         dest = _dest(job)
-        run.cluster.flatten(dest, on_progress)
-        info = run.cluster.lookup(dest)
+        info = run.cluster.flatten(dest, on_progress)
         # "No parent" alone proves nothing of a half-made clone; of this very id the link was seen.
         if info.id != job.dest_id or info.parent is not None or not info.deep_flatten:
             raise errors.CephError(f"{dest} is not the flattened clone of {job.snap}: {info}")
@@ -152,7 +151,7 @@ class Seal:
     def do(self, job: Job, run: Run) -> Mapping[str, Any]:
         snap = _dest(job).snap(GLANCE_SNAP)
         with ThreadPoolExecutor(max_workers=1) as beside:
-            removed = beside.submit(_remove_frozen, job, run)
+            removed = beside.submit(_release, job, run)
             run.cluster.create_snap(snap)
             run.cluster.protect_snap(snap)
         try:
@@ -186,8 +185,21 @@ def is_unfinished(job: Job, run: Run) -> bool:
         return False
 
 
+def _release(job: Job, run: Run) -> None:
+    """Remove the snapshot of the disk that this saga took; it is not looked for first, for the seal waits meanwhile.
+
+    :raises errors.HolderSilent: the guest may be frozen, and would lose its disk.
+    """
+    with contextlib.suppress(errors.Missing):  # gone meanwhile
+        run.cluster.ask_holder(job.disk)
+        if job.clone_format == 1:
+            run.cluster.unprotect_snap(job.snap)
+        run.cluster.remove_snap(job.snap)
+    _see_gone(job, run)
+
+
 def _remove_frozen(job: Job, run: Run) -> None:
-    """Remove the snapshot of the disk, and see that it is gone: "not found" from a removal proves nothing.
+    """Remove the snapshot of the disk, as far as there is one.
 
     :raises errors.HolderSilent: the guest may be frozen, and would lose its disk.
     """
@@ -197,6 +209,11 @@ def _remove_frozen(job: Job, run: Run) -> None:
     run.cluster.ask_holder(job.disk)
     for snap in found:
         remove_snap(job.snap, snap, run)
+    _see_gone(job, run)
+
+
+def _see_gone(job: Job, run: Run) -> None:
+    """"Not found" from a removal proves nothing."""
     if _frozen(job, run):
         raise errors.CephError(f"{job.snap} was removed, but is still there")
 

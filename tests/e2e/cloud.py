@@ -329,6 +329,11 @@ class Cloud:
         uptime = f"/os-hypervisors/{self._hypervisor}/uptime"
         return bool(self.admin.compute.get(uptime, microversion="2.53").ok)
 
+    def nova_compute_takes_servers(self) -> bool:
+        """Whether the scheduler may choose it: Nova disables a nova-compute that has lost libvirt."""
+        (service,) = self.admin.compute.services(binary="nova-compute")
+        return bool(service.status == "enabled")
+
     @functools.cached_property
     def _hypervisor(self) -> str:
         (host,) = self.admin.compute.get("/os-hypervisors", microversion="2.53").json()["hypervisors"]

@@ -98,3 +98,5 @@ def test_libvirtd_restarts_amid_a_snapshot(cloud: Cloud, server: Any) -> None:
         cloud.delete_image(image_id)
     cloud.unchanged(before)
     assert cloud.guests.interruptions(server.id) == interruptions
+    cloud.admin.compute.get_server_diagnostics(server)  # Nova takes no servers until it has needed libvirt again
+    eventually(cloud.nova_compute_takes_servers, "nova-compute takes servers again")

@@ -332,7 +332,10 @@ class FakeCluster:
 
     @_call
     def lookup(self, image: ImageSpec) -> ImageInfo:
-        found = self._open(image)
+        return self._info(self._open(image))
+
+    @staticmethod
+    def _info(found: _Image) -> ImageInfo:
         return ImageInfo(
             id=found.id,
             size_bytes=found.object_count * OBJECT_BYTES,
@@ -435,10 +438,10 @@ class FakeCluster:
         return self._open(dest).id
 
     @_call
-    def flatten(self, image: ImageSpec, on_progress: OnProgress) -> None:
+    def flatten(self, image: ImageSpec, on_progress: OnProgress) -> ImageInfo:
         found = self._open(image)
         if found.parent is None:
-            return
+            return self._info(found)
         self._pool(found.data_pool or image.pool, grows=True)
         source, size_bytes = _content(found.parent), found.object_count * OBJECT_BYTES
         found.busy += float("inf")
@@ -458,6 +461,7 @@ class FakeCluster:
                 for snap in found.snaps:
                     snap.objects, snap.parent = _content(snap), None
             self._detached(before - found.parents())
+            return self._info(found)
 
     @_call
     def remove(self, image: ImageSpec, on_progress: Optional[Callable[[int, int], object]] = None) -> None:

@@ -98,9 +98,9 @@ def hurry(monkeypatch: Any, guest_module: Any, cell: Cell) -> None:
 Hindrance = Callable[[str, Sequence[Any]], None]
 
 #: What changes the cluster, and what the monitor is asked: alone, or besides the OSDs.
-_CHANGES = frozenset().union(*(step.changes for step in ENGINE.values())) | {"remove"}
+_CHANGES = frozenset().union(*(step.changes for step in ENGINE.values())) | {"remove", "remove_snap_by_id"}
 _OF_THE_MONITOR = ("connect", "fsid", "address", "has_pool", "fence")
-_OF_BOTH = ("create_snap", "remove_snap_by_id")
+_OF_BOTH = ("create_snap", "remove_snap", "remove_snap_by_id")
 
 
 class Hindered:

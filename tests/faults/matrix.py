@@ -69,8 +69,8 @@ ENGINE = _steps(
     ("snap", "", "create_snap omap_replace"),
     ("protect", "", "protect_snap omap_replace"),
     ("clone", "exists", "clone omap_replace"),
-    ("flatten", "lookup", "flatten omap_replace"),
-    ("release", "exists snaps ask_holder", "unprotect_snap remove_snap_by_id"),
+    ("flatten", "", "flatten omap_replace"),
+    ("release", "exists snaps ask_holder", "unprotect_snap remove_snap"),
     ("seal", "", "create_snap protect_snap omap_replace"),
     ("forget", "omap_items address exists snaps", "omap_replace"),
 )
@@ -347,7 +347,7 @@ EXEMPTIONS = (
     Exemption(
         "a removal says that there is nothing, and yet there is",
         "raises Missing",
-        ("release.unprotect_snap", "release.remove_snap_by_id"),
+        ("release.ask_holder", "release.unprotect_snap", "release.remove_snap"),
         Promise(Outcome.BACK, errors.CephError),
     ),
     Exemption(

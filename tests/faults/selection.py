@@ -39,14 +39,14 @@ _REAL = {
     "loses_the_answer Unreachable": "*",
     "engine_killed before": "connect.connect snap.create_snap forget.omap_items",
     "engine_killed after": (
-        "reserve.omap_replace snap.create_snap clone.clone flatten.flatten release.remove_snap_by_id seal.create_snap "
+        "reserve.omap_replace snap.create_snap clone.clone flatten.flatten release.remove_snap seal.create_snap "
         "seal.protect_snap seal.omap_replace forget.omap_replace"
     ),
     "engine_killed meanwhile": "metadata.properties register.post wait.get",
     "engine_killed unfenced": "snap.create_snap flatten.flatten",
     "both_killed before": "connect.connect reserve.omap_replace register.post wait.get forget.omap_items",
     "both_killed after": (
-        "reserve.omap_replace snap.create_snap clone.clone flatten.flatten release.remove_snap_by_id seal.create_snap "
+        "reserve.omap_replace snap.create_snap clone.clone flatten.flatten release.remove_snap seal.create_snap "
         "seal.protect_snap seal.omap_replace metadata.properties register.post forget.omap_replace"
     ),
     "compute_killed before": "register.post",
@@ -106,7 +106,7 @@ _QUICK = {
     "blocklisted": "snap.create_snap flatten.flatten",
     "denied_writes images": "clone.exists",
     "name_taken": "clone.exists",
-    "frozen_has_child": "release.exists",
+    "frozen_has_child": "release.ask_holder",
     "record_deleted": "flatten.flatten wait.get",
     "answers 403": "register.post",
     "answers 404": "metadata.properties",
