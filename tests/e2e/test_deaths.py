@@ -16,8 +16,11 @@ from test_clone import UNTRUSTED, assert_cloned
 
 from tests import daemons
 from tests.fakes.glance_proxy import GlanceProxy
+from tests.waiting import promised_seconds
 
-IMPATIENT = ({"rbd_snap": {"operation_timeout": 10}}, THROUGH_PROXY)
+PATIENCE_SECONDS = 10
+BOUND_SECONDS = 2 * promised_seconds(PATIENCE_SECONDS)
+IMPATIENT = ({"rbd_snap": {"operation_timeout": PATIENCE_SECONDS}}, THROUGH_PROXY)
 #: A dead client's hold on an rbd image lasts 30 s.
 DEAD_CLIENT_SECONDS = 60
 
@@ -179,7 +182,7 @@ def test_cluster_stops_answering(cloud: Cloud, server: Any, log: Log) -> None:
     before = cloud.picture()
     image_id = flattening(cloud, server)
     with daemons.frozen(*daemons.OSDS):
-        cloud.failed_snapshot(server, image_id, seconds=90)
+        cloud.failed_snapshot(server, image_id, seconds=BOUND_SECONDS)
     assert not log.lines("copied in full")
     cloud.unchanged(before, 2 * DEAD_CLIENT_SECONDS)
     assert cloud.snapshot(server).status == "active"
@@ -191,7 +194,7 @@ def test_monitor_stops_answering(cloud: Cloud, server: Any, log: Log) -> None:
     before = cloud.picture()
     with daemons.frozen(daemons.MONITOR):
         image_id = cloud.request(server)
-        cloud.failed_snapshot(server, image_id, seconds=120)
+        cloud.failed_snapshot(server, image_id, seconds=BOUND_SECONDS)
     assert not log.lines("copied in full")
     cloud.unchanged(before, seconds=2 * DEAD_CLIENT_SECONDS)
 

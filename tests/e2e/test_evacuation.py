@@ -43,7 +43,9 @@ class OtherHost:
         ours = socket.gethostname()
         self._container = f"{ours}-{OTHER}"
         run(
-            "docker", "run", "-d", "--init", "--name", self._container, "--network", f"container:{ours}", "--volumes-from", ours,
+            # Nobody else would bury QEMU, and libvirt wait for it.
+            "docker", "run", "-d", "--init", "--name", self._container,
+            "--network", f"container:{ours}", "--volumes-from", ours,
             "-e", f"CLOUD={cloud.release}", "-e", f"OPTIONS={NOVA_CONF.read_text()}{OPTIONS}", "-e", f"DRIVER={DRIVER}",
             run("docker", "inspect", "-f", "{{.Config.Image}}", ours).strip(),
             "sh", "/src/tests/e2e/other_host.sh",
@@ -112,8 +114,8 @@ def evacuate(cloud: Cloud, server: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("returns", [True, False])
 def test_evacuated_amid_a_snapshot(cloud: Cloud, held_at: Any, returns: bool) -> None:
-    """The server goes on elsewhere with its disk, and is snapshotted there. What its old host was at is left alone until
-    that returns, which touches nothing else of the server's; or until the server is deleted."""
+    """The server goes on elsewhere with its disk, and is snapshotted there. What its old host was at is left alone
+    until that returns, which touches nothing else of the server's; or until the server is deleted."""
     server = cloud.boot()
     before, digest = cloud.picture(), cloud.disk_digest(server)
     other = OtherHost(cloud)
