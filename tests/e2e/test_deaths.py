@@ -16,6 +16,7 @@ from test_clone import UNTRUSTED, assert_cloned
 
 from tests import daemons
 from tests.fakes.glance_proxy import GlanceProxy
+from tests.faults import recording
 from tests.waiting import promised_seconds
 
 PATIENCE_SECONDS = 10
@@ -174,7 +175,7 @@ def test_short_stall(cloud: Cloud, server: Any, log: Log) -> None:
 
 @pytest.mark.slow
 @pytest.mark.disturbs
-def test_cluster_stops_answering(cloud: Cloud, server: Any, log: Log) -> None:
+def test_cluster_stops_answering(cloud: Cloud, server: Any, log: Log, found: recording.Cell) -> None:
     """In bounded time the request fails, without Nova's copy, which would wait for ever.
 
     What cannot be undone now is undone once the cluster answers again, by nobody's hand.
@@ -182,7 +183,9 @@ def test_cluster_stops_answering(cloud: Cloud, server: Any, log: Log) -> None:
     before = cloud.picture()
     image_id = flattening(cloud, server)
     with daemons.frozen(*daemons.OSDS):
+        began = time.monotonic()
         cloud.failed_snapshot(server, image_id, seconds=BOUND_SECONDS)
+        found.wait_seconds = time.monotonic() - began
     assert not log.lines("copied in full")
     cloud.unchanged(before, 2 * DEAD_CLIENT_SECONDS)
     assert cloud.snapshot(server).status == "active"
