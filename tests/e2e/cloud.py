@@ -542,9 +542,9 @@ class Cloud:
         """Delete the server and wait until it and its disk are gone."""
         with contextlib.suppress(openstack.exceptions.NotFoundException):
             self.admin.compute.delete_server(server.id, force=False)
-        eventually(lambda: self._is_gone(server), f"server {server.id} is gone", 90)
+        eventually(lambda: self.is_gone(server), f"server {server.id} is gone", 90)
 
-    def _is_gone(self, server: Any) -> bool:
+    def is_gone(self, server: Any) -> bool:
         try:
             self.server(server)
         except openstack.exceptions.NotFoundException:

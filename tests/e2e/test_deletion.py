@@ -125,10 +125,12 @@ def test_other_deletions_during_a_snapshot(cloud: Cloud, log: Log, how: str) -> 
     before = cloud.picture()
     server = cloud.boot()
     image_id = cloud.request(server)
+    # Where the server goes before its nova-compute has begun, Nova leaves the image's record.
+    eventually(lambda: cloud.server(server).task_state != "image_snapshot_pending", "the snapshot has begun", pause=0.1)
     if how == "reset":
         cloud.admin.compute.reset_server_state(server.id, "error")
     cloud.admin.compute.delete_server(server.id, force=how == "force")
-    eventually(lambda: cloud._is_gone(server), "the server is gone")
+    eventually(lambda: cloud.is_gone(server), "the server is gone")
     eventually(lambda: cloud.ceph.ledger(cloud.vms) == {}, "no job is left")
     image = cloud.image(image_id)
     if image is not None and image.status == "active":  # it was quicker

@@ -50,6 +50,7 @@ class OtherHost:
             run("docker", "inspect", "-f", "{{.Config.Image}}", ours).strip(),
             "sh", "/src/tests/e2e/other_host.sh",
         )  # fmt: skip
+        cloud.clean_up.callback(self._end)
         eventually(self._has_reported, "the other host has reported to Placement", 120)
         nova = pathlib.Path(f"/proc/{cloud.nova_compute}/cmdline").read_text().split("\0")[1]
         run(str(pathlib.Path(nova).with_name("nova-manage")), "cell_v2", "discover_hosts")
@@ -63,15 +64,16 @@ class OtherHost:
         """Whether the guest runs there."""
         return server.id in run("docker", "exec", self._container, "virsh", "list", "--uuid", "--state-running")
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """Its servers must be gone by then."""
         run("docker", "rm", "-f", "-v", self._container)
-        self._cloud.admin.compute.delete_service(service_of(self._cloud, OTHER))
+        for service in services_of(self._cloud, OTHER):
+            self._cloud.admin.compute.delete_service(service)
 
 
-def service_of(cloud: Cloud, host: str) -> Any:
-    (service,) = (it for it in cloud.admin.compute.services(binary="nova-compute") if it.host == host)
-    return service
+def services_of(cloud: Cloud, host: str) -> list[Any]:
+    """Its nova-compute, if it has ever reported."""
+    return [it for it in cloud.admin.compute.services(binary="nova-compute") if it.host == host]
 
 
 @contextlib.contextmanager
@@ -94,7 +96,8 @@ def no_power(cloud: Cloud, server: Any) -> Iterator[None]:
 
 
 def _force_down(cloud: Cloud, host: str, is_down: bool) -> None:
-    cloud.admin.compute.update_service_forced_down(service_of(cloud, host), host, "nova-compute", is_down)
+    (service,) = services_of(cloud, host)
+    cloud.admin.compute.update_service_forced_down(service, host, "nova-compute", is_down)
 
 
 def evacuate(cloud: Cloud, server: Any) -> None:
@@ -119,7 +122,6 @@ def test_evacuated_amid_a_snapshot(cloud: Cloud, held_at: Any, returns: bool) ->
     server = cloud.boot()
     before, digest = cloud.picture(), cloud.disk_digest(server)
     other = OtherHost(cloud)
-    cloud.clean_up.callback(other.end)
     cloud.clean_up.callback(cloud.delete_server, server)
     image_id = held_at(server, AMID_FLATTEN)
     with no_power(cloud, server):
