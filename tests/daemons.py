@@ -20,8 +20,8 @@ def signal(name: str, *daemons: str) -> None:
 @contextlib.contextmanager
 def frozen(*daemons: str) -> Iterator[None]:
     """Within the block they are there, and do not answer."""
-    signal("STOP", *daemons)
     try:
+        signal("STOP", *daemons)
         yield
     finally:
         signal("CONT", *daemons)

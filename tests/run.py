@@ -52,6 +52,7 @@ class Suite(suite.Suite):
 
 FUNCTIONAL, E2E = "/src/tests/functional", "--durations=15 /src/tests/e2e"
 
+VENV = Suite("venv", "make build/venv/ready")
 STYLE = Suite("style", "make style")
 UNIT = Suite("unit", "make test-unit")
 CONFORMANCE = Suite("conformance", "build/venv/bin/python -m pytest tests/conformance")
@@ -98,6 +99,7 @@ def run_all(suites: list[Suite]) -> None:
 
 def main() -> int:
     started = time.monotonic()
+    VENV.run()  # first, for it may need a package, as the lab may, and apt serves one at a time
     with ThreadPoolExecutor() as pool:
         lab = pool.submit(LAB.run)
         if UNIT.run():
@@ -107,7 +109,7 @@ def main() -> int:
                 list(pool.map(run_all, BESIDE))
                 run_all(ALONE)
 
-    suites = [UNIT, STYLE, CONFORMANCE, LAB, *itertools.chain(*BESIDE), *ALONE]
+    suites = [VENV, UNIT, STYLE, CONFORMANCE, LAB, *itertools.chain(*BESIDE), *ALONE]
     kinds = ("failed", "passed", "skipped", "error")
     total = {kind: sum(each.counts.get(kind, 0) for each in suites) for kind in kinds}
     total["error"] += sum(1 for each in suites if not each.ok and not each.counts)

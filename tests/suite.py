@@ -33,7 +33,9 @@ class Suite:
 def inside(cloud: str, *arguments: str, **environment: str) -> str:
     """pytest in a cloud's container."""
     variables = "".join(f" {name}={value}" for name, value in environment.items())
-    return f"lab/lab exec {cloud} env{variables} {PYTEST} {' '.join(arguments)}"
+    # Docker's client passes no signal on: in there somebody else must end what takes too long.
+    bound = f"timeout --kill-after=30 {LONGEST_SECONDS - 60}"
+    return f"lab/lab exec {cloud} {bound} env{variables} {PYTEST} {' '.join(arguments)}"
 
 
 def end_to_end(cloud: str, *arguments: str, **environment: str) -> str:

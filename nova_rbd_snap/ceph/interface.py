@@ -36,14 +36,14 @@ class ImageInfo:
     :ivar id: survives renames, and is what identifies the rbd image in the ledger.
     :ivar created: seconds since the epoch.
     :ivar parent: the snapshot it is a clone of. A trashed snapshot carries a UUID instead of its own name.
-    :ivar data_pool: pool of its data objects where that is not its own pool.
+    :ivar data_pool: pool of its data objects, as a rule its own.
     """
 
     id: str
     size_bytes: int
     created: float
     parent: Optional[SnapSpec]
-    data_pool: Optional[str]
+    data_pool: str
     deep_flatten: bool
     journaling: bool
     mirrored: bool
@@ -149,6 +149,8 @@ class Cluster(Protocol):
         A call that did not return may leave a half-made rbd image under the name (``docs/design/ceph.rst``).
         Implements ``rbd_clone3``.
 
+        :param data_pool: where the data of *dest* is to lie; None for what the cluster's options say, which may not be
+            the pool of *dest*.
         :raises AlreadyThere: *dest* exists.
         """
 
@@ -168,9 +170,10 @@ class Cluster(Protocol):
         :raises Busy: it is open somewhere; a dead client counts for about 30 s.
         """
 
-    def trash(self, image: ImageSpec) -> None:
+    def trash(self, image: ImageSpec, keep_seconds: int) -> None:
         """Move an rbd image to its pool's trash, whoever has it open; the name is free then.
 
+        :param keep_seconds: for how long nothing but force removes it from there, and no purge.
         :raises Missing: no such rbd image.
         """
 

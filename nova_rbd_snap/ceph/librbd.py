@@ -136,7 +136,7 @@ class LibrbdCluster:
     def exists(self, image: ImageSpec) -> bool:
         with _translated(f"look for {image}"), self._pool(image.pool) as ioctx:
             try:
-                # librbd creates this object first and removes it last, so it stands for half-made images, too.
+                # It stands for half-made images, too, whatever else of them is there.
                 ioctx.stat(f"rbd_id.{image.name}")
             except rados.ObjectNotFound:
                 return False
@@ -154,7 +154,7 @@ class LibrbdCluster:
             size_bytes=opened.size(),
             created=_seconds(opened.create_timestamp()),
             parent=self._parent(opened),
-            data_pool=self._data_pool(pool, opened),
+            data_pool=self._data_pool(opened),
             deep_flatten=bool(features & rbd.RBD_FEATURE_DEEP_FLATTEN),
             journaling=bool(features & rbd.RBD_FEATURE_JOURNALING),
             mirrored=mirroring == rbd.RBD_MIRROR_IMAGE_ENABLED,
@@ -168,9 +168,8 @@ class LibrbdCluster:
             return None
         return ImageSpec(pool, name).snap(snap)
 
-    def _data_pool(self, pool: str, opened: Any) -> Optional[str]:
-        name = self._rados.pool_reverse_lookup(opened.data_pool_id())
-        return None if name == pool else str(name)
+    def _data_pool(self, opened: Any) -> str:
+        return str(self._rados.pool_reverse_lookup(opened.data_pool_id()))
 
     def usual_data_pool(self, pool: str) -> Optional[str]:
         with _translated(f"look at an rbd image in pool {pool}"), self._pool(pool) as ioctx:
@@ -180,7 +179,7 @@ class LibrbdCluster:
                 except (rbd.ImageNotFound, rbd.PermissionError):
                     continue  # deleted, half-made, or a clone whose parent is not ours to read: it says nothing
                 with opened:
-                    return self._data_pool(pool, opened)
+                    return self._data_pool(opened)
         return None
 
     def snaps(self, image: ImageSpec) -> list[SnapInfo]:
@@ -311,9 +310,9 @@ class LibrbdCluster:
         with self._removing(f"remove {image}", image) as ioctx:
             rbd.RBD().remove(ioctx, image.name, on_progress=step)
 
-    def trash(self, image: ImageSpec) -> None:
+    def trash(self, image: ImageSpec, keep_seconds: int) -> None:
         with self._removing(f"move {image} to the trash", image) as ioctx:
-            rbd.RBD().trash_move(ioctx, image.name, 0)
+            rbd.RBD().trash_move(ioctx, image.name, keep_seconds)
 
     def omap_items(self, pool: str, name: str) -> dict[str, str]:
         found: dict[bytes, bytes] = {}

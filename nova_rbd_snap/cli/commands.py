@@ -138,7 +138,7 @@ class JobReclaim(Command):
     def rows(self, parsed_args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
         nova_conf, settings = self.configuration()
         wiring.need_bindings()
-        cloud = wiring.cloud(nova_conf, settings) if parsed_args.cloud is None else parsed_args.cloud
+        cloud = wiring.cloud(nova_conf) if parsed_args.cloud is None else parsed_args.cloud
         operator = f"operator:{socket.gethostname()}"
         owner = functools.partial(Owner, operator, _NO_MACHINE, str(uuid.uuid4()), cloud=cloud)
         engine = wiring.engine(nova_conf, settings, owner)

@@ -25,7 +25,7 @@ def _build(server: Server, config: list[str]) -> Engine:
     nova_conf = conf.load(config)
     settings = conf.Settings.read(nova_conf)
     owner = functools.partial(
-        Owner, hello["host"], hello["machine"], hello["incarnation"], cloud=wiring.cloud(nova_conf, settings)
+        Owner, hello["host"], hello["machine"], hello["incarnation"], cloud=wiring.cloud(nova_conf)
     )
     return wiring.engine(nova_conf, settings, owner, hello["held"])
 

@@ -29,7 +29,7 @@ LOG = logging.getLogger(__name__)
 _THREADS = 10_000
 #: Once nova-compute is gone nobody else ends an engine whose librbd does not return.
 _END_SECONDS = 600
-#: How long SIGTERM lets nova-compute take what is ready for it; meanwhile no snapshot is begun.
+#: How long SIGTERM lets work end, and nova-compute take what is ready for it; meanwhile no snapshot is begun.
 _TAKE_SECONDS = 60
 #: Seconds between two reports of the same step: one per object would keep nova-compute busy.
 _REPORT_SECONDS = 1.0
@@ -110,8 +110,9 @@ class Server:
         What it has not taken in time is left to it: as long as it lives it alone knows what becomes of that, and its
         next call starts another engine.
         """
-        engine.stop()
-        engine.wait_until_idle(_TAKE_SECONDS)
+        deadline = time.monotonic() + _TAKE_SECONDS
+        engine.stop(_TAKE_SECONDS)
+        engine.wait_until_idle(max(0.0, deadline - time.monotonic()))
         self._terminated = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD)

@@ -71,6 +71,8 @@ class Engine:
         self._state = threading.Condition()
         self._connecting = threading.Lock()
         self._cluster: Optional[Cluster] = None
+        #: When the last attempt to connect failed, and how.
+        self._not_connected: tuple[float, Optional[errors.SnapError]] = (0.0, None)
         self._busy: dict[str, Work] = {}
         # Jobs that nova-compute has the say about: it has asked for them, and has not said finish, rollback or leave.
         self._held = set(held)
@@ -334,6 +336,9 @@ class Engine:
         """End jobs, those first that need no word of Glance's, for that may keep us waiting; yields what stays."""
         in_doubt = []
         for job in those:
+            if job.step == saga.RECORD:  # nothing is left but Glance's word
+                in_doubt.append(job)
+                continue
             failure = end(job, jobs.Unasked())
             if isinstance(failure, errors.InDoubt):
                 in_doubt.append(job)
@@ -385,14 +390,14 @@ class Engine:
 
     # -- the engine's own end ------------------------------------------------------------------------------------
 
-    def stop(self) -> None:
-        """Take no more work, cancel what runs, and wait until it is undone."""
+    def stop(self, timeout_seconds: Optional[float] = None) -> None:
+        """Take no more work, cancel what runs, and wait until it is undone, for so long at most."""
         with self._state:
             self._stopping = True
             for work in self._busy.values():
                 work.cancelled.set()
             self._state.notify_all()
-            self._state.wait_for(lambda: not self._busy)
+            self._state.wait_for(lambda: not self._busy, timeout_seconds)
 
     def orphan(self) -> None:
         """nova-compute is gone: nobody but us looks after the image records of its requests. :meth:`settle` does."""
@@ -432,14 +437,26 @@ class Engine:
     @contextlib.contextmanager
     def _connection(self) -> Iterator[Cluster]:
         """The one connection, made when first needed and again once this client was cut off."""
+        asked = time.monotonic()
         with self._connecting:
             if self._cluster is None:
-                self._cluster = self._connect()
+                self._cluster = self._connected(asked)
             cluster = self._cluster
         try:
             yield cluster
         except errors.Blocklisted:
             self._drop(cluster)
+            raise
+
+    def _connected(self, asked: float) -> Cluster:
+        """A new connection; whoever has waited for an attempt that failed makes none of their own."""
+        failed_at, failure = self._not_connected
+        if failure is not None and failed_at > asked:
+            raise type(failure)(str(failure)) from failure
+        try:
+            return self._connect()
+        except errors.SnapError as error:
+            self._not_connected = time.monotonic(), error
             raise
 
     def _drop(self, lost: Cluster) -> None:
@@ -560,12 +577,19 @@ class Engine:
     def _take_over(self, job: Job, cluster: Cluster) -> Job:
         """Make the job ours: exactly the client that worked on it is cut off, then the ledger refuses its writes.
 
-        Where nothing is left in the pools nobody works on it: the ledger's refusal is enough.
+        Where nothing is left in the pools nobody works on it: the ledger's refusal is enough. So it is where an undo
+        has come to its end: another may be under way, and two of them do each other no harm.
         """
         us = self._owner(cluster.address())
         if job.owner == us:
             return job
-        if job.step != saga.RECORD and job.owner.client not in (us.client, *self._fenced):
+        is_at_rest = job.step == saga.RECORD or bool(job.failures)
+        if not is_at_rest and job.owner.client not in (us.client, *self._fenced):
+            LOG.log(
+                logging.INFO if self._is_mine(job) else logging.WARNING,
+                "Job %s of host %s is taken over: the client %s of its engine is blocklisted for a day; no guest is",
+                job.id, job.owner.host, job.owner.client,
+            )
             cluster.fence(job.owner.client)
             self._fenced.add(job.owner.client)
         orphaned = job.orphaned or not self._is_of_this_life(job)

@@ -52,11 +52,11 @@ def glance(nova_conf: Any, settings: Settings) -> Glance:
     return keystone.glance_as_service(nova_conf, settings)
 
 
-def cloud(nova_conf: Any, settings: Settings) -> str:
+def cloud(nova_conf: Any) -> str:
     """See :attr:`nova_rbd_snap.ledger.job.Owner.cloud`."""
     from nova_rbd_snap.openstack import keystone
 
-    return keystone.cloud(nova_conf, settings)
+    return keystone.cloud(nova_conf)
 
 
 def engine(nova_conf: Any, settings: Settings, owner: Callable[[str], Owner], held: Iterable[str] = ()) -> Engine:

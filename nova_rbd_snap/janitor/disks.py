@@ -60,7 +60,7 @@ def _remove(disk: ImageSpec, run: Run, at_work: Container[str]) -> Iterator[str]
         yield f"{disk} stays: somebody took a snapshot of it just now"
     except errors.Busy:
         # A watcher that outlives a dead client's 30 s: the name is freed at least.
-        run.cluster.trash(disk)
+        run.cluster.trash(disk, keep_seconds=0)
         yield f"{disk} is in the trash of its pool, for somebody has it open; 'rbd trash rm' removes it after that"
 
 

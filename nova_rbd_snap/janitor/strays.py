@@ -24,6 +24,9 @@ from nova_rbd_snap.snapshot import steps
 from nova_rbd_snap.snapshot.saga import Run
 from nova_rbd_snap.specs import GLANCE_SNAP, UUID, ImageSpec, SnapSpec
 
+#: How long the trash keeps an rbd image that a sweep took for nobody's, whatever purges it meanwhile.
+_KEEP_SECONDS = 7 * 24 * 3600
+
 _IMAGE = re.compile(UUID)
 _DISK = re.compile(rf"{UUID}_disk(?:\.[0-9a-z_]+)?")
 _OUR_SNAP = re.compile(rf"{SNAP_PREFIX}({UUID}(?:-copy)?)")
@@ -148,7 +151,7 @@ class Image:
             return
         for snap in scene.cluster.snaps(self.spec):
             _remove_snap(scene, self.spec.snap(snap.name), snap.id)
-        scene.cluster.trash(self.spec)
+        scene.cluster.trash(self.spec, _KEEP_SECONDS)
 
 
 def image_names(scene: Scene) -> dict[str, list[str]]:

@@ -444,7 +444,16 @@ class _Request:
         try:
             with self.on_disks.work(self.instance.uuid):
                 self.still.ask()  # a copy without a snapshot would ask QEMU for more, and wait for ever
-                return clone.freeze(process.engine(), job_id, self.disk.rbd_name, self._perform)
+                try:
+                    return self._freeze(job_id)
+                except (errors.EngineLost, errors.LedgerConflict) as error:
+                    if not error.may_fall_back:
+                        raise
+                    LOG.warning(
+                        "Snapshot to image %s: the disk could not be frozen, and is by the next engine: %s",
+                        self.image_id, error.report(), instance=self.instance,
+                    )
+                    return self._freeze(job_id)
         except errors.SnapError as error:
             if not error.may_fall_back:
                 raise
@@ -455,6 +464,9 @@ class _Request:
                 self.image_id, error.report(), instance=self.instance,
             )
             return None
+
+    def _freeze(self, job_id: str) -> str:
+        return clone.freeze(process.engine(), job_id, self.disk.rbd_name, self._perform)
 
     def _perform(self, job_id: str) -> None:
         self.still.perform(process.engine(), job_id, self._note)

@@ -11,6 +11,7 @@ import functools
 import pathlib
 import threading
 import time
+import weakref
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from typing import Any, Callable, Optional
@@ -51,6 +52,9 @@ _ON = (power_state.RUNNING, power_state.PAUSED, power_state.SUSPENDED, power_sta
 
 #: QEMU processes that have not answered yet: one question is enough.
 _silent: set[str] = set()
+
+#: By server, the last attempt to let its guest go, for as long as somebody is at it.
+_thaws: weakref.WeakValueDictionary[str, Call] = weakref.WeakValueDictionary()
 
 
 class Call:
@@ -187,6 +191,9 @@ class Stillness:
 
     def begin(self) -> str:
         """Freeze; returns why that failed, or nothing."""
+        earlier = _thaws.get(self._instance.uuid)
+        if earlier is not None and not earlier.ended(_AT_ONCE_SECONDS):
+            return "the guest is not let go of yet after an earlier snapshot, and would be amid this one"
         began = time.monotonic()
         self._freezing = Call(self._freeze)
         self._timer.start()
@@ -220,6 +227,8 @@ class Stillness:
             if self._ending is not None:
                 return
             self._ending = Call(self._thaw)
+            if self._freezing is not None:
+                _thaws[self._instance.uuid] = self._ending
         self._timer.cancel()
 
     def _thaw(self) -> None:
@@ -271,11 +280,17 @@ def _insist_on(thaw: Callable[[], None], server: Any) -> None:
 def thaw_all(driver: Any) -> None:
     """Let go the guests that an earlier life of this nova-compute froze, and died. One that is off is so no more."""
     for guest in driver._host.list_guests(only_running=False):
-        if guest.get_power_state(driver._host) not in _ON:
-            _mark(guest).unlink(missing_ok=True)
-        elif _mark(guest).exists():
+        if not _mark(guest).exists():
+            continue
+        try:
+            is_on = guest.get_power_state(driver._host) in _ON
+        except exception.InstanceNotFound:
+            continue  # its directory goes, too
+        if is_on:
             LOG.warning("nova-compute died while the guest of server %s was frozen: it is let go", guest.uuid)
-            Call(functools.partial(_let_go_of, driver._host, guest))
+            _thaws[guest.uuid] = Call(functools.partial(_let_go_of, driver._host, guest))
+        else:
+            _mark(guest).unlink(missing_ok=True)
 
 
 def _let_go_of(host: Any, server: Any) -> None:

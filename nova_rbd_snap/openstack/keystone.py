@@ -18,12 +18,15 @@ from nova_rbd_snap.openstack.glance import Glance
 _SEES_ALL = "admin"
 
 
-def cloud(conf: Any, settings: Settings) -> str:
-    """Keystone's URL and the region as configured, which tell one cloud's Glance from another's; asks nobody."""
-    _register(conf, settings.auth_section)
+def cloud(conf: Any) -> str:
+    """Keystone's URL and the region as configured, which tell one cloud's Glance from another's; asks nobody.
+
+    Of Placement's section, for nova-compute does not start without it; our own may come, and change, at any time.
+    """
+    _register(conf, "placement")
     url = ""
-    with contextlib.suppress(ksa.ClientException, cfg.Error, ValueError):  # whoever needs the credentials tells
-        auth = loading.load_auth_from_conf_options(conf, settings.auth_section)
+    with contextlib.suppress(ksa.ClientException, cfg.Error, ValueError):  # so nova-compute does not start, either
+        auth = loading.load_auth_from_conf_options(conf, "placement")
         url = getattr(auth, "auth_url", None) or ""
     return " ".join(filter(None, (url.rstrip("/"), conf.glance.region_name)))
 
@@ -53,7 +56,8 @@ def glance_as_service(conf: Any, settings: Settings) -> Glance:
         session = loading.load_session_from_conf_options(conf, section, timeout=settings.operation_timeout)
         roles = auth.get_access(session).role_names
     except ksa.ClientException as error:
-        raise errors.NotAuthorized(f"section [{section}]: {error}") from error
+        # Its message alone: as text it has the id of the request, too, and so looks new each time.
+        raise errors.NotAuthorized(f"section [{section}]: {error.message}") from error
     if _SEES_ALL not in roles:
         raise errors.NotAuthorized(
             f"the user of section [{section}] lacks the role '{_SEES_ALL}', and so cannot tell a deleted image from "

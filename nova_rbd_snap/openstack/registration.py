@@ -207,7 +207,7 @@ def settle(
             if glance.record(image_id).server == server:
                 glance.delete(image_id)
         state = watch()
-    return {State.HELD: True, State.GONE: False, State.FOREIGN: False}.get(state) if state else None
+    return _verdict(state)
 
 
 def uses(
@@ -218,6 +218,11 @@ def uses(
     if state in (State.GONE, State.FOREIGN):
         sleep(_GONE_SECONDS)
         state = state if look(glance, image_id, url) is state else None
+    return _verdict(state)
+
+
+def _verdict(state: Optional[State]) -> Optional[bool]:
+    """Whether a record in that state points at our location; None where it may still come to."""
     return {State.HELD: True, State.GONE: False, State.FOREIGN: False}.get(state) if state else None
 
 

@@ -172,6 +172,16 @@ class SuspendedGuest(world.ServerCase):
         self.assertEqual((before, 0), (self.domain.picture(), self.domain.suspensions))
         self.assert_no_image()
 
+    @ddt.data("reserve_freeze", "snap")
+    def test_engine_that_dies_over_the_freeze(self, call):
+        """The next one freezes the disk."""
+        self.flags(ways=["nova"], group="rbd_snap")
+        self.engine.meanwhile[call] = mock.Mock(side_effect=[errors.EngineLost("killed"), None])
+        before = self.domain.picture()
+        self._assert_snapshot(self.snapshot(), disk_format="raw")
+        self.assertEqual((before, 0), (self.domain.picture(), self.domain.suspensions))
+        self.assert_nothing_left()
+
     def test_suspension_whose_answer_was_lost(self):
         """It is suspended although libvirt said it could not be: it runs again all the same."""
         before = self.domain.picture()
@@ -509,6 +519,24 @@ class QuiescedGuest(world.ServerCase):
         stuck.end()
         self.assert_thawed()
         self.assertEqual([True], marked)
+
+    @ddt.data("best effort", "required")
+    def test_guest_that_an_earlier_snapshot_has_not_let_go(self, how):
+        """Its thaw would come amid this freeze: this snapshot is crash-consistent, or none."""
+        self.patch(guest, "_AT_ONCE_SECONDS", 0.01)
+        stuck = world.Silence(self)
+        self.domain.fsThaw = lambda: (stuck(), world.Domain.fsThaw(self.domain))
+        self._assert_snapshot(self.snapshot(), disk_format="raw")
+        self.assertTrue(stuck.begun.wait(world.PATIENCE_SECONDS))
+        if how == "required":
+            self.require()
+            error = self.assertRaises(exception.NovaException, self.snapshot)
+            self.assertIn("not let go", str(error))
+        else:
+            self.assert_crash_consistent(self.snapshot())
+        self.assertEqual(1, self.domain.freezes)
+        stuck.end()
+        self.assert_thawed()
 
     def test_marked_while_it_may_be_frozen(self):
         """From before the freeze until after the thaw, lest it stay frozen when nova-compute dies."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -70,6 +71,9 @@ class World(Protocol):
     def connect(self, clone_format: int = 2) -> Cluster:
         """A connection with all rights."""
 
+    def connect_with_data_pool(self, pool: str) -> Cluster:
+        """A connection whose options say where the data of new rbd images lies."""
+
     def connect_without_rights(self) -> Cluster:
         """A connection of a user who may use none of the pools."""
 
@@ -129,6 +133,11 @@ class FakeWorld:
     def connect(self, clone_format: int = 2) -> fake.FakeCluster:
         connection = self._cluster.another(clone_format)
         connection.now = time.time()
+        return connection
+
+    def connect_with_data_pool(self, pool: str) -> Cluster:
+        connection = self.connect()
+        connection.default_data_pool = pool
         return connection
 
     def connect_without_rights(self) -> Cluster:
@@ -296,6 +305,9 @@ class RealWorld:
     def connect(self, clone_format: int = 2) -> Cluster:
         return self._connect("admin", clone_format)
 
+    def connect_with_data_pool(self, pool: str) -> Cluster:
+        return self._connect("admin", conf=self._conf(f"[global]\nrbd_default_data_pool = {pool}\n"))
+
     def connect_without_rights(self) -> Cluster:
         return self._connect_as(*self._stranger)
 
@@ -303,13 +315,18 @@ class RealWorld:
         return self._connect_as(*self._reader)
 
     def _connect_as(self, user: str, key: str) -> Cluster:
-        import tempfile
-
-        folder = Path(self.connections.enter_context(tempfile.TemporaryDirectory()))
-        keyring, conf = folder / "keyring", folder / "ceph.conf"
+        keyring = self._folder() / "keyring"
         keyring.write_text(f"[client.{user}]\nkey = {key}\n")
-        conf.write_text(f"{CEPH_CONF.read_text()}\n[client.{user}]\nkeyring = {keyring}\n")
-        return self._connect(user, conf=conf)
+        return self._connect(user, conf=self._conf(f"[client.{user}]\nkeyring = {keyring}\n"))
+
+    def _folder(self) -> Path:
+        return Path(self.connections.enter_context(tempfile.TemporaryDirectory()))
+
+    def _conf(self, more: str) -> Path:
+        """The cluster's, and *more*."""
+        conf = self._folder() / "ceph.conf"
+        conf.write_text(f"{CEPH_CONF.read_text()}\n{more}")
+        return conf
 
     @contextlib.contextmanager
     def guest(self, disk: ImageSpec) -> Iterator[Guest]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 import uuid
@@ -83,7 +84,7 @@ def test_pools(world: World, cluster: Cluster, name: str) -> None:
         lambda: cluster.usual_data_pool(name),
         lambda: cluster.images(name),
         lambda: cluster.children(nowhere, 1),
-        lambda: cluster.trash(nowhere),
+        lambda: cluster.trash(nowhere, 0),
         lambda: cluster.remove(nowhere),
         lambda: cluster.ask_holder(nowhere),
         lambda: cluster.omap_items(name, "x"),
@@ -262,7 +263,7 @@ def test_images(world: World, cluster: Cluster, name: str, dest: ImageSpec, snap
     for image in (disk, whole, trashed):
         world.create(image)
     world.half_clone(NAME_ONLY, snap, half)
-    cluster.trash(trashed)
+    cluster.trash(trashed, 0)
     assert set(cluster.images(dest.pool)) - before == {disk.name, half.name, whole.name}
     assert snap.image.name not in cluster.images(dest.pool)
 
@@ -294,12 +295,12 @@ def test_trash(world: World, cluster: Cluster, disk: ImageSpec, dest: ImageSpec)
     cluster.protect_snap(snap)
     cluster.clone(snap, dest, None)
     with world.open(disk):
-        cluster.trash(disk)
+        cluster.trash(disk, 0)
         assert not cluster.exists(disk)
     assert disk.name not in cluster.images(disk.pool)
     assert world.content(dest) == WRITTEN
     with pytest.raises(errors.Missing):
-        cluster.trash(disk)
+        cluster.trash(disk, 0)
     world.create(disk, object_count=1)
     assert cluster.snaps(disk) == []
     cluster.flatten(dest, go_on)
@@ -312,7 +313,7 @@ def test_trash_of_a_half_made_clone(
 ) -> None:
     """It goes, too."""
     world.half_clone(half, snap, dest)
-    cluster.trash(dest)
+    cluster.trash(dest, 0)
     assert not cluster.exists(dest)
     assert dest.name not in cluster.images(dest.pool)
 
@@ -322,7 +323,7 @@ def test_lookup(world: World, cluster: Cluster, disk: ImageSpec, name: str) -> N
     info = cluster.lookup(disk)
     assert cluster.exists(disk)
     assert info.size_bytes == 4 * OBJECT_BYTES
-    assert (info.parent, info.data_pool) == (None, None)
+    assert (info.parent, info.data_pool) == (None, disk.pool)
     assert (info.deep_flatten, info.journaling, info.mirrored) == (True, False, False)
     other = ImageSpec(world.vms, f"{name}-other")
     world.create(other)
@@ -359,7 +360,7 @@ def test_absent_image(cluster: Cluster, dest: ImageSpec) -> None:
         lambda: cluster.clone(dest.snap("s"), ImageSpec(dest.pool, f"{dest.name}-2"), None),
         lambda: cluster.flatten(dest, go_on),
         lambda: cluster.children(dest, 1),
-        lambda: cluster.trash(dest),
+        lambda: cluster.trash(dest, 0),
         lambda: cluster.remove(dest),
     ):
         with pytest.raises(errors.Missing):
@@ -447,7 +448,7 @@ def test_children(world: World, disk: ImageSpec, dest: ImageSpec, snap: SnapSpec
         cluster.clone(snap, made, None)
     assert children() == {dest, near, trashed}
     assert children(other.name) == set()
-    cluster.trash(trashed)
+    cluster.trash(trashed, 0)
     assert children() == {dest, near, trashed}
     cluster.create_snap(dest.snap("snap"))
     if clone_format == 2:
@@ -581,6 +582,18 @@ def test_data_pool(world: World, cluster: Cluster, dest: ImageSpec, snap: SnapSp
     cluster.clone(snap, dest, world.ec_data)
     cluster.flatten(dest, go_on)
     assert cluster.lookup(dest).data_pool == world.ec_data
+    assert world.content(dest) == WRITTEN
+
+
+def test_data_pool_beside_the_options(world: World, dest: ImageSpec, snap: SnapSpec) -> None:
+    """What a client's options say of new rbd images holds for a clone that is told nothing, and for no other."""
+    cluster = world.connect_with_data_pool(world.ec_data)
+    cluster.clone(snap, dest, None)
+    assert cluster.lookup(dest).data_pool == world.ec_data
+    cluster.remove(dest)
+    cluster.clone(snap, dest, dest.pool)
+    cluster.flatten(dest, go_on)
+    assert cluster.lookup(dest).data_pool == dest.pool
     assert world.content(dest) == WRITTEN
 
 
@@ -777,7 +790,7 @@ CHANGES: dict[str, Act] = {
     "clone": lambda cluster, snap, dest: cluster.clone(snap, dest, None),
     "flatten": lambda cluster, snap, dest: cluster.flatten(snap.image, go_on),
     "remove": lambda cluster, snap, dest: cluster.remove(snap.image),
-    "trash": lambda cluster, snap, dest: cluster.trash(snap.image),
+    "trash": lambda cluster, snap, dest: cluster.trash(snap.image, 0),
     "omap_items": lambda cluster, snap, dest: cluster.omap_items(snap.image.pool, "x"),
     "omap_replace": lambda cluster, snap, dest: cluster.omap_replace(snap.image.pool, "x", "key", None, "new"),
 }
@@ -823,7 +836,7 @@ def test_full_pool(world: World, cluster: Cluster, snap: SnapSpec) -> None:
             cluster.protect_snap(first.snap(name))
             cluster.unprotect_snap(first.snap(name))
             cluster.remove_snap(first.snap(name))
-        for change in (cluster.remove, cluster.trash):
+        for change in (cluster.remove, functools.partial(cluster.trash, keep_seconds=0)):
             with pytest.raises(errors.CephError) as caught:
                 change(first)
             assert not isinstance(caught.value, errors.Missing)
@@ -835,5 +848,5 @@ def test_full_pool(world: World, cluster: Cluster, snap: SnapSpec) -> None:
     cluster.clone(snap, third, None)
     with world.fill(pool):
         cluster.remove(second)
-        cluster.trash(third)
+        cluster.trash(third, 0)
     assert cluster.images(pool) == []

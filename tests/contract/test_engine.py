@@ -99,7 +99,7 @@ def test_snapshot(world: World, disk: ImageSpec, dest: ImageSpec, clone_format: 
     assert Location.parse(url) == Location(cluster.fsid(), dest.snap(GLANCE_SNAP))
     assert world.content(dest) == world.content(dest.snap(GLANCE_SNAP)) == FROZEN
     info = cluster.lookup(dest)
-    assert (info.parent, info.data_pool) == (None, world.ec_data if in_data_pool else None)
+    assert (info.parent, info.data_pool) == (None, world.ec_data if in_data_pool else dest.pool)
     assert [(snap.name, snap.protected) for snap in cluster.snaps(dest)] == [(GLANCE_SNAP, True)]
     assert cluster.snaps(disk) == []
     assert dest.name not in {job.id for job in Ledger(cluster, world.vms).read().jobs}

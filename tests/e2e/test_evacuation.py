@@ -80,11 +80,11 @@ def services_of(cloud: Cloud, host: str) -> list[Any]:
 def no_power(cloud: Cloud, server: Any) -> Iterator[None]:
     """Within the block all is dead that ran on the cloud's own host, and the cloud knows."""
     host, nova_compute, (engine,) = server.compute_host, cloud.nova_compute, cloud.engines()
-    os.kill(nova_compute, signal.SIGSTOP)  # killed it would be started again at once
-    os.kill(engine, signal.SIGKILL)
-    os.kill(qemu_of(server), signal.SIGKILL)
-    _force_down(cloud, host, True)
     try:
+        os.kill(nova_compute, signal.SIGSTOP)  # killed it would be started again at once
+        os.kill(engine, signal.SIGKILL)
+        os.kill(qemu_of(server), signal.SIGKILL)
+        _force_down(cloud, host, True)
         yield
     finally:
         log = Log()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from breakpoints import ENGINES, NOVAS
-from cloud import Cloud, Log, eventually
+from cloud import Cloud, Log, Options, eventually
 from test_deaths import DEAD_CLIENT_SECONDS, gone
 
 from tests.faults import recording
@@ -76,3 +76,23 @@ def test_killed(cloud: Cloud, server: Any, held_at: Any, found: recording.Cell, 
         eventually(lambda: cloud.image(image_id) is None, "the image record is deleted", DEAD_CLIENT_SECONDS)
     cloud.unchanged(before, DEAD_CLIENT_SECONDS)
     found.guest_suspensions = cloud.guests.interruptions(server.id) - interruptions
+
+
+@pytest.mark.slow
+def test_engine_killed_as_it_freezes_the_disk(
+    cloud: Cloud, server: Any, holding: Options, held_at: Any, found: recording.Cell
+) -> None:
+    """For a full copy: the next engine freezes it, and the guest is not suspended."""
+    cloud.configure(holding, {"rbd_snap": {"ways": "nova"}})
+    found.kill = "freeze", "engine"
+    before, digest = cloud.picture(), cloud.disk_digest(server)
+    interruptions = cloud.guests.interruptions(server.id)
+    image_id = held_at(server, "snap")
+    killed(cloud, "engine", held_at)
+    assert cloud.settled(server).status == "ACTIVE"
+    assert cloud.image(image_id).status == "active"
+    assert cloud.image_digest(image_id) == digest
+    cloud.delete_image(image_id)
+    cloud.unchanged(before, DEAD_CLIENT_SECONDS)
+    found.guest_suspensions = cloud.guests.interruptions(server.id) - interruptions
+    assert found.guest_suspensions == 0

@@ -83,13 +83,21 @@ def test_guest_ends_amid_its_snapshot(cloud: Cloud, held_at: Any, log: Log, how:
     assert cloud.disk_digest(server) == digest
 
 
-def test_libvirtd_restarts_amid_a_snapshot(cloud: Cloud, server: Any) -> None:
-    """The guest runs on, and the request ends in an image or in a clean failure."""
-    cloud.configure()
+def _answers(cloud: Cloud, server: Any) -> bool:
+    try:
+        return cloud.guests.state(server.id) == libvirt.VIR_DOMAIN_RUNNING
+    except libvirt.libvirtError:
+        return False
+
+
+def test_libvirtd_restarts_amid_a_snapshot(cloud: Cloud, held_at: Any, server: Any) -> None:
+    """While the clone is flattened: the guest runs on, and the request ends in an image or in a clean failure."""
     before, digest = cloud.picture(), cloud.disk_digest(server)
-    interruptions = cloud.guests.interruptions(server.id)
-    image_id = cloud.request(server)
+    qemu, interruptions = qemu_of(server), cloud.guests.interruptions(server.id)
+    image_id = held_at(server, AMID_FLATTEN)
     run("supervisorctl", "restart", "libvirtd")
+    eventually(lambda: _answers(cloud, server), "libvirtd answers")  # and tells of what happens from now on
+    held_at.go_on()
     cloud.settled(server)
     image = cloud.image(image_id)
     if image is not None:
@@ -98,5 +106,6 @@ def test_libvirtd_restarts_amid_a_snapshot(cloud: Cloud, server: Any) -> None:
         cloud.delete_image(image_id)
     cloud.unchanged(before)
     assert cloud.guests.interruptions(server.id) == interruptions
+    assert (qemu_of(server), cloud.guests.state(server.id)) == (qemu, libvirt.VIR_DOMAIN_RUNNING)
     cloud.admin.compute.get_server_diagnostics(server)  # Nova takes no servers until it has needed libvirt again
     eventually(cloud.nova_compute_takes_servers, "nova-compute takes servers again")

@@ -66,6 +66,8 @@ class _Image:
     objects: Content = field(default_factory=dict)
     snaps: list[_Snap] = field(default_factory=list)
     half: Optional[str] = None
+    # In the trash: since the epoch, in seconds.
+    kept_until: float = 0.0
     # How many attempts to remove it find it open somewhere.
     busy: float = 0
     # Address of who has it open and does not answer: frozen, or dead.
@@ -155,6 +157,8 @@ class FakeCluster:
         self.blocklisted = False
         #: Whether this connection's user may blocklist others.
         self.may_fence = True
+        #: Where the data of a clone lies that is told nothing else, if not in its own pool.
+        self.default_data_pool: Optional[str] = None
         #: Seconds since the epoch, for what is made from now on.
         self.now = 0.0
         self._state.connections.append(self)
@@ -341,7 +345,7 @@ class FakeCluster:
             size_bytes=found.object_count * OBJECT_BYTES,
             created=found.created,
             parent=found.parent.spec if found.parent else None,
-            data_pool=found.data_pool,
+            data_pool=found.data_pool or found.spec.pool,
             deep_flatten=found.deep_flatten,
             journaling=found.journaling,
             mirrored=found.mirrored,
@@ -351,7 +355,7 @@ class FakeCluster:
     def usual_data_pool(self, pool: str) -> Optional[str]:
         for _, image in sorted(self._pool(pool).images.items()):
             if image.half != NAME_ONLY:
-                return image.data_pool
+                return image.data_pool or pool
         return None
 
     @_call
@@ -430,6 +434,7 @@ class FakeCluster:
             raise errors.CephError(f"{snap} is not protected")
         if dest.name in self._pool(dest.pool, grows=True).images:
             raise errors.AlreadyThere(f"{dest} exists")
+        data_pool = data_pool or self.default_data_pool
         if data_pool:
             self._pool(data_pool, grows=True)
         self.create_disk(
@@ -487,12 +492,13 @@ class FakeCluster:
         pool.has_trash = True
 
     @_call
-    def trash(self, image: ImageSpec) -> None:
+    def trash(self, image: ImageSpec, keep_seconds: int) -> None:
         pool = self._pool(image.pool)
         if image.name not in pool.images:
             raise errors.Missing(f"no rbd image {image}")
         self._make_trash(image)
         pool.trash.append(pool.images.pop(image.name))
+        pool.trash[-1].kept_until = self.now + keep_seconds
 
     @_call
     def omap_items(self, pool: str, name: str) -> dict[str, str]:

@@ -134,9 +134,11 @@ def real_cells() -> list[Cell]:
     return found + [cell for cell in cells(places, clone_format=1) if str(cell.cause) in _REAL_FORMAT_1]
 
 
-def names() -> set[str]:
-    """The causes that are selected by name."""
-    return {*_REAL, *_REAL_FORMAT_1, *_QUICK}
+def missed() -> set[str]:
+    """What is selected by name, and is none of the cells that are tried on real servers."""
+    found = {(str(cell.cause), place) for cell in real_cells() for place in ("*", str(cell.place))}
+    named = {(cause, place) for table in (_REAL, _QUICK) for cause, places in table.items() for place in places.split()}
+    return {" at ".join(pair) for pair in {*named, *((cause, "*") for cause in _REAL_FORMAT_1)} - found}
 
 
 def is_disturbing(cell: Cell) -> bool:

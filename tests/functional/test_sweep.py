@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import rbd
@@ -29,10 +29,9 @@ from nova_rbd_snap.ledger.job import Owner
 from nova_rbd_snap.ledger.store import OBJECT
 from nova_rbd_snap.specs import ImageSpec
 from tests.functional.world import CEPH_CONF, MIB, NOVA_CONF, World
+from tests.waiting import eventually
 
 SOURCE = Path(__file__).resolve().parents[2]
-#: Between what is left over and what is fresh: the command may take half of it to begin.
-GAP_SECONDS = 20
 FEATURES = (
     rbd.RBD_FEATURE_LAYERING
     | rbd.RBD_FEATURE_EXCLUSIVE_LOCK
@@ -44,18 +43,21 @@ LONG_AGO = 1e9
 
 
 #: In a container without CAP_SYS_PTRACE, as the lab's are, root does not see what other users' processes have open, and
-#: every copy is kept; so the command is shown the others only.
+#: every copy is kept; so the command is shown the others only. And the time, lest it depend on how soon it begins.
 SHOWN = """
-import functools, pathlib, sys
+import functools, pathlib, sys, types
 from nova_rbd_snap.cli import __main__, commands
 commands.LocalMachine = functools.partial(commands.LocalMachine, proc=pathlib.Path(sys.argv.pop(1)))
+commands.time = types.SimpleNamespace(time=functools.partial(float, sys.argv.pop(1)))
 sys.exit(__main__.main())
 """
 
 
-def execute(*words: str, proc: Path = Path("/proc")) -> subprocess.CompletedProcess[str]:
-    """The command, from the source tree."""
-    command = (sys.executable, "-W", "ignore", "-c", SHOWN, str(proc), *words)
+def execute(
+    *words: str, proc: Path = Path("/proc"), now: Optional[float] = None
+) -> subprocess.CompletedProcess[str]:
+    """The command, from the source tree; *now* or as of *now*."""
+    command = (sys.executable, "-W", "ignore", "-c", SHOWN, str(proc), str(now or time.time()), *words)
     return subprocess.run(command, cwd=SOURCE, capture_output=True, text=True, timeout=600, check=False)
 
 
@@ -105,11 +107,11 @@ class Operator:
             f"[rbd_snap]\nglance_pool = {self.images}\n{text}"
         )
 
-    def run(self, *words: str) -> tuple[int, list[dict[str, Any]], str]:
+    def run(self, *words: str, now: Optional[float] = None) -> tuple[int, list[dict[str, Any]], str]:
         """Exit code, rows and complaints of the command, with nova-compute's credentials."""
         files = ("--config-file", NOVA_CONF, "--config-file", str(self.conf))
         show_processes(self.proc)
-        done = execute(*files, *words, "-f", "json", proc=self.proc)
+        done = execute(*files, *words, "-f", "json", proc=self.proc, now=now)
         assert "Traceback" not in done.stderr
         return done.returncode, json.loads(done.stdout or "[]"), done.stderr
 
@@ -117,8 +119,7 @@ class Operator:
         """An engine of another host's nova-compute."""
         nova_conf = conf.load(["--config-file", NOVA_CONF, "--config-file", str(self.conf)])
         settings = conf.Settings.read(nova_conf)
-        cloud = wiring.cloud(nova_conf, settings)
-        owner = functools.partial(Owner, host, "its machine", "its life", cloud=cloud)
+        owner = functools.partial(Owner, host, "its machine", "its life", cloud=wiring.cloud(nova_conf))
         return wiring.engine(nova_conf, settings, owner)
 
     # -- what is in the cloud ------------------------------------------------------------------------------------
@@ -171,6 +172,10 @@ class Operator:
                     snaps = [(snap["name"], snap["namespace"]) for snap in image.list_snaps()]
                     found[f"{pool}/{name}"] = (image.id(), snaps, image.read(0, 4096))
         return found
+
+    def purge(self) -> None:
+        """As a schedule does."""
+        rbd.RBD().trash_purge(self.ioctx[self.images])
 
     def trash(self) -> set[str]:
         return {entry["name"] for entry in rbd.RBD().trash_list(self.ioctx[self.images])}
@@ -266,17 +271,14 @@ def test_sweep(operator: Operator) -> None:
     kept = leave_alone(operator)
     before = operator.picture()
     removed, trashed = leave_everything(operator)
-    old = time.time()
-    time.sleep(GAP_SECONDS)
     names = set(operator.picture())
-    fresh = still_young(operator)
-    kept.update(fresh)
-
-    def older_than() -> str:
-        return str((time.time() - old - GAP_SECONDS / 2) / 3600)
-
+    # Ceph tells the second in which a thing was made.
+    old = int(time.time()) + 1
+    eventually(lambda: time.time() > old + 1, "the next second")
+    kept.update(still_young(operator))
+    an_hour_after = {"now": old + 3600.0}
     dirty = operator.picture()
-    code, rows, complaints = operator.run("sweep", "--dry-run", "--older-than", older_than())
+    code, rows, complaints = operator.run("sweep", "--dry-run", "--older-than", "1", **an_hour_after)
     assert (code, complaints) == (0, "")
     assert operator.picture() == dirty
     planned = {row["What"]: row["Action"] for row in rows}
@@ -288,7 +290,7 @@ def test_sweep(operator: Operator) -> None:
     for row in rows:
         assert re.search(re.escape(kept.get(row["What"], "")), row["Why"]), row
 
-    code, done, complaints = operator.run("sweep", "--older-than", older_than())
+    code, done, complaints = operator.run("sweep", "--older-than", "1", **an_hour_after)
     assert (code, complaints) == (0, "")
     past = {"keep": "kept", "remove": "removed", "trash": "trashed"}
     became = {row["What"]: row["Action"] for row in done}
@@ -304,7 +306,9 @@ def test_sweep(operator: Operator) -> None:
     freed = {disk: (dirty[disk][0], [], dirty[disk][2]) for disk in disks}
     assert after == {**before, **freed, **young, "files": files}
 
-    code, rows, _ = operator.run("sweep", "--older-than", older_than())
+    operator.purge()
+    assert {f"{operator.images}/{name}" for name in operator.trash()} == trashed, "not before a week is over"
+    code, rows, _ = operator.run("sweep", "--older-than", "1", **an_hour_after)
     assert (code, {row["What"]: row["Action"] for row in rows}) == (0, dict.fromkeys(kept, "kept"))
     assert operator.picture() == after
 

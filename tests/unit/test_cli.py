@@ -42,6 +42,9 @@ snapshots_directory = /nowhere/snapshots
 [rbd_snap]
 glance_pool = images
 operation_timeout = 5
+[placement]
+auth_type = password
+auth_url = {CLOUD}
 [service_user]
 auth_type = password
 auth_url = {CLOUD}

@@ -171,7 +171,7 @@ def test_slow_call_that_moves_is_let_be(start: Start) -> None:
 def test_stuck_engine_is_ended(start: Start) -> None:
     """No progress: the process is ended, every call in it fails, the one that waited says in which step; the next call
     has a new process."""
-    client = start("--stuck", "flatten", patience_seconds=0.5)
+    client = start("--stuck", "flatten", patience_seconds=5)
     with pytest.raises(errors.EngineStuck, match="'flatten'"):
         clone(client)
     assert client.pid is None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Optional
@@ -110,13 +111,15 @@ def test_progress_names_steps_in_bytes() -> None:
         ("ec-1", "ec-2", "ec-3", "ec-1"),
         (None, "ec-2", "ec-3", "ec-2"),
         (None, None, "ec-3", "ec-3"),
-        (None, None, None, None),
+        (None, "images", "ec-3", "images"),
+        (None, None, "images", "images"),
     ],
 )
 def test_data_pool_is_the_one_glance_uses(
     option: Optional[str], of_parent: Optional[str], of_others: Optional[str], expected: Optional[str]
 ) -> None:
-    """The option, else the data pool of the disk's parent, else that of an image in the destination pool."""
+    """The option, else the data pool of the disk's parent, else that of an image in the destination pool; whatever the
+    cluster's options say, which may be meant for servers' disks."""
     cluster = FakeCluster("vms", "images", "ec-1", "ec-2", "ec-3")
     if of_parent:
         base = ImageSpec("images", "base")
@@ -127,6 +130,7 @@ def test_data_pool_is_the_one_glance_uses(
         cluster.create_disk(DISK)
     if of_others:
         cluster.create_disk(ImageSpec("images", "another"), data_pool=of_others)
+    cluster.default_data_pool = "ec-2"
     clone(make_engine(cluster, glance_data_pool=option))
     assert cluster.lookup(DEST).data_pool == expected
 
@@ -446,6 +450,60 @@ def test_frozen_snapshot_of_a_silent_guest_stays_for_now() -> None:
     assert cluster.picture() == before
 
 
+def test_nobody_is_cut_off_whose_undo_failed() -> None:
+    """A server that was migrated is deleted: what its old host could not undo is undone, and that host works on."""
+    cluster = populated()
+    theirs = cluster.another()
+    cluster.fail_on("flatten", errors.NoSpace)
+    cluster.fail_on("remove", errors.NoPermission)
+    with pytest.raises(errors.NoSpace):
+        clone(make_engine(cluster, host="compute-9", connect=lambda: theirs))
+    make_engine(cluster).cancel(SERVER)
+    assert (cluster.snaps(DISK), cluster.exists(DEST)) == ([], False)
+    assert not theirs.blocklisted
+
+
+def test_takeover_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Whose client was cut off, by whom and for which job: who is cut off cannot tell."""
+    cluster = populated()
+    theirs = cluster.another()
+    clone(make_engine(cluster, host="compute-9", connect=lambda: theirs))
+    with caplog.at_level(logging.WARNING), pytest.raises(errors.InDoubt):
+        make_engine(cluster, images=FakeImages(uses_it=None)).end(DEST.name)
+    (record,) = caplog.records
+    for word in (DEST.name, "compute-9", theirs.address()):
+        assert word in record.getMessage()
+
+
+def test_cluster_that_cannot_be_reached_is_tried_once_for_all() -> None:
+    """Whoever waited for an attempt that failed has waited long enough; the next one tries anew."""
+    others, attempts, answers = 16, [], [errors.Unreachable("no monitor answers")] * 16
+    asking = threading.Barrier(others + 1)
+    cluster = populated()
+
+    def connect() -> FakeCluster:
+        attempts.append(None)
+        if len(attempts) == 1:
+            asking.wait(BOUND_SECONDS)
+        if answers:
+            raise answers.pop()
+        return cluster
+
+    def ask() -> None:
+        asking.wait(BOUND_SECONDS)
+        engine.check()
+
+    engine = make_engine(cluster, connect=connect)
+    with ThreadPoolExecutor(others + 1) as pool:
+        for call in [pool.submit(engine.check), *(pool.submit(ask) for _ in range(others))]:
+            with pytest.raises(errors.Unreachable, match="no monitor answers"):
+                call.result(BOUND_SECONDS)
+    # One, as a rule: whoever had not asked yet when it failed makes another.
+    assert len(attempts) < others
+    answers.clear()
+    assert engine.check() == []
+
+
 def test_nobody_is_cut_off_for_a_record_alone() -> None:
     """All that is left of a job is a record of Glance's: its engine may be at work on others."""
     cluster = populated()
@@ -746,9 +804,9 @@ def test_idle_once_all_is_taken() -> None:
     cluster = populated()
     engine = make_engine(cluster)
     clone(engine)
+    assert not engine.wait_until_idle(0)
     waiting = threading.Thread(target=engine.wait_until_idle, args=[BOUND_SECONDS], daemon=True)
     waiting.start()
-    assert waiting.is_alive()
     engine.finish(DEST.name)
     waiting.join(BOUND_SECONDS)
     assert not waiting.is_alive()

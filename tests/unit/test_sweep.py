@@ -121,7 +121,7 @@ def test_snapshot_in_use_is_kept(world: World, pool: str, name: str) -> None:
     snap, child = snap_of(world, name=name), ImageSpec(pool, "somebody's")
     world.cluster.clone(snap, child, None)
     kept(world, snap, re.escape(f"in use by {child}"))
-    world.cluster.trash(child)
+    world.cluster.trash(child, 0)
     kept(world, snap, re.escape(f"in use by {child}"))
 
 
@@ -403,7 +403,7 @@ def snapshot_of_the_image(world: World) -> None:
 
 
 def image_of_the_same_name(world: World) -> None:
-    world.cluster.trash(LEAKED)
+    world.cluster.trash(LEAKED, 0)
     world.cluster.create_disk(LEAKED)
     world.seal(LEAKED)
 
