@@ -14,6 +14,7 @@ any *seconds*, but for a 10 GB disk a minute of work beside the next samples. Th
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -51,7 +52,10 @@ def measure_bare(cloud, glance, server_id):
         "owner_id": record["owner"],
     }
     began = time.monotonic()
-    bare.make_active(cloud.vms, cloud.images, glance, disk=disk, image_id=image_id, url=url, properties=properties)
+    bare.make_active(
+        cloud.vms, cloud.images, glance, cloud.wait_until_active,
+        disk=disk, image_id=image_id, url=url, properties=properties,
+    )  # fmt: skip
     active = time.monotonic()
     bare.remove_source(cloud.vms, disk=disk, image_id=image_id)
     return Timing(image_id, active - began, time.monotonic() - began)
@@ -149,9 +153,10 @@ def resident_bytes(pid):
 
 def engine_pid(parent):
     for path in pathlib.Path("/proc").glob("[0-9]*"):
-        command = (path / "cmdline").read_bytes()
-        if b"nova_rbd_snap.engine" in command and f"PPid:\t{parent}\n" in (path / "status").read_text():
-            return int(path.name)
+        with contextlib.suppress(OSError):  # it has ended
+            command = (path / "cmdline").read_bytes()
+            if b"nova_rbd_snap.engine" in command and f"PPid:\t{parent}\n" in (path / "status").read_text():
+                return int(path.name)
     raise NotAsAsked("nova-compute has no engine")
 
 

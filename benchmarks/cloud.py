@@ -178,15 +178,19 @@ class Cloud:
             f"/servers/{server_id}/action", json={"createImage": {"name": name}}, microversion="2.45"
         )
         image_id = answer.json()["image_id"]
-        active = self._moment(
-            "select status from glance.images where id = %s", image_id, "active", ("deleted", "killed")
-        )
+        active = self.wait_until_active(image_id)
         if on_active:
             on_active()
         done = self._moment("select task_state from nova.instances where uuid = %s", server_id, None)
         log = self.log_since(logged)
         began = self._began(log, server_id)
         return Timing(image_id, active - began, done - began), log
+
+    def wait_until_active(self, image_id):
+        """When the image became active."""
+        return self._moment(
+            "select status from glance.images where id = %s", image_id, "active", ("deleted", "killed")
+        )
 
     def _moment(self, query, key, wanted, never=()):
         """When the value that *query* finds became *wanted*."""

@@ -34,6 +34,7 @@ from tests.fakes.engine import (
     make_engine,
     populated,
 )
+from tests.waiting import eventually
 
 BOUND_SECONDS = 30
 formats = pytest.mark.parametrize("clone_format", [1, 2])
@@ -475,32 +476,39 @@ def test_takeover_is_told(caplog: pytest.LogCaptureFixture) -> None:
         assert word in record.getMessage()
 
 
+class Queue:
+    """A lock that tells who has come for it so far."""
+
+    def __init__(self) -> None:
+        self.callers: list[int] = []
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self.callers.append(threading.get_ident())
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 def test_cluster_that_cannot_be_reached_is_tried_once_for_all() -> None:
     """Whoever waited for an attempt that failed has waited long enough; the next one tries anew."""
-    others, attempts, answers = 16, [], [errors.Unreachable("no monitor answers")] * 16
-    asking = threading.Barrier(others + 1)
-    cluster = populated()
+    callers, attempts, cluster = 16, [], populated()
 
     def connect() -> FakeCluster:
         attempts.append(None)
-        if len(attempts) == 1:
-            asking.wait(BOUND_SECONDS)
-        if answers:
-            raise answers.pop()
-        return cluster
-
-    def ask() -> None:
-        asking.wait(BOUND_SECONDS)
-        engine.check()
+        if len(attempts) > 1:
+            return cluster
+        eventually(lambda: len(queue.callers) == callers, "all of them wait", BOUND_SECONDS)
+        raise errors.Unreachable("no monitor answers")
 
     engine = make_engine(cluster, connect=connect)
-    with ThreadPoolExecutor(others + 1) as pool:
-        for call in [pool.submit(engine.check), *(pool.submit(ask) for _ in range(others))]:
+    engine._connecting = queue = Queue()
+    with ThreadPoolExecutor(callers) as pool:
+        for call in [pool.submit(engine.check) for _ in range(callers)]:
             with pytest.raises(errors.Unreachable, match="no monitor answers"):
                 call.result(BOUND_SECONDS)
-    # One, as a rule: whoever had not asked yet when it failed makes another.
-    assert len(attempts) < others
-    answers.clear()
+    assert len(attempts) == 1
     assert engine.check() == []
 
 
