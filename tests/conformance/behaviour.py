@@ -23,7 +23,7 @@ from nova_rbd_snap import errors
 from nova_rbd_snap.openstack import driver, glance, imagebackend
 
 SERVER = "11111111-2222-3333-4444-555555555555"
-DISK = f"{SERVER}_disk"
+IMAGE = "22222222-2222-4222-8222-222222222222"
 
 
 class DriverBehaviour(world.ServerCase):
@@ -34,7 +34,7 @@ class DriverBehaviour(world.ServerCase):
         image = self.snapshot()
         self._assert_snapshot(image, disk_format="raw")
         self.assertEqual(f"rbd://{world.FSID}/{world.GLANCE_POOL}/{self.image_id}/snap", image["location"])
-        self.assertEqual([self.image_id], list(self.engine.left))
+        self.assertEqual([self.image_id], self.engine.left)
         self.assertEqual(set(), self.engine.jobs)
         self.copy.assert_not_called()
         self.assertEqual(0, self.domain.suspensions)
@@ -57,7 +57,8 @@ class DriverBehaviour(world.ServerCase):
 
     def test_pool_that_glance_does_not_tell_now(self):
         """A mere hint that cannot be had is no reason to fail: the disk is copied."""
-        self.engine.parent_pool = None
+        self.engine.remove_disk(f"{self.server.uuid}_disk")
+        self.engine.add_flat_disk(f"{self.server.uuid}_disk")
         self.patch(glance.time, "sleep")
         with mock.patch.object(self.glance, "record", side_effect=errors.GlanceSilent("no answer")):
             image = self.snapshot()
@@ -79,7 +80,7 @@ class DriverBehaviour(world.ServerCase):
         self.glance.error = RuntimeError("registering met a bug")
         self.assertRaises(exception.NovaException, self.snapshot)
         self.assertEqual({self.image_id}, self.engine.jobs)
-        self.assertEqual([self.image_id], list(self.engine.left))
+        self.assertEqual([self.image_id], self.engine.left)
 
     def test_clone_whose_record_was_deleted_is_removed(self):
         """The user gave the image up: the clone goes, no copy is tried, and Nova learns why."""
@@ -108,28 +109,29 @@ class RbdBehaviour(test.NoDBTestCase):
 
     def setUp(self):
         super().setUp()
-        self.engine = world.EngineInMemory()
+        self.engine = world.ObservedEngine()
+        self.engine.add_disk(f"{SERVER}_disk")
         world.use(self, self.engine, mock.sentinel.glance)
         self.disk = imagebackend.Rbd(objects.Instance(id=1, uuid=SERVER), "disk")
 
     def direct_snapshot(self, image_format="raw"):
-        return self.disk.direct_snapshot(nova_context.get_admin_context(), "snap-1", image_format, "image-1", "base-1")
+        return self.disk.direct_snapshot(nova_context.get_admin_context(), "snap-1", image_format, IMAGE, "base-1")
 
     def test_direct_snapshot_returns_the_clone(self):
         """The location names a clone of the disk, in the pool of the disk's parent, under the image's id."""
-        self.assertEqual(f"rbd://{world.FSID}/{world.GLANCE_POOL}/image-1/snap", self.direct_snapshot())
-        self.assertEqual({"image-1": f"{world.GLANCE_POOL}/image-1@snap, made of {DISK}"}, self.engine.left)
+        self.assertEqual(f"rbd://{world.FSID}/{world.GLANCE_POOL}/{IMAGE}/snap", self.direct_snapshot())
+        self.assertEqual([IMAGE], self.engine.left)
 
     def test_direct_snapshot_of_another_format_is_refused(self):
         """A clone holds raw bytes: Nova's copy converts them to what was asked for."""
         self.assertRaises(exception.ImageUnacceptable, self.direct_snapshot, image_format="qcow2")
-        self.assertEqual({}, self.engine.left)
+        self.assertEqual([], self.engine.left)
 
     def test_failed_direct_snapshot_starts_novas_copy(self):
         """Permission missing: nothing is left, and Nova gets an error that makes it copy."""
         self.engine.meanwhile["clone"] = world.failing(errors.NoPermission("Glance's pool is read-only"))
         self.assertRaises((NotImplementedError, exception.ImageUnacceptable, exception.Forbidden), self.direct_snapshot)
-        self.assertEqual({}, self.engine.left)
+        self.assertEqual([], self.engine.left)
 
 
 class LoaderBehaviour(test.NoDBTestCase):

@@ -27,10 +27,16 @@ class GoingServer(world.ServerCase):
         self.disk = f"{self.server.uuid}_disk"
         self.local, self.held = f"{self.disk}.local", f"{self.disk}.held"
         self.others_disk = f"{others.uuid}_disk"
-        self.engine.disks.add(self.local)
+        self.engine.add_disk(self.local)
 
     def remove_as_nova(self, is_meant):
-        self.engine.disks -= {disk for disk in self.engine.disks if is_meant(disk)}
+        for disk in filter(is_meant, self.engine.disks):
+            self.engine.remove_disk(disk)
+
+    def hold_a_disk(self):
+        """One that an operator took a snapshot of."""
+        self.engine.add_disk(self.held)
+        self.engine.take(self.held)
 
     def update_task_state(self, task_state, expected_state=None):
         """As the manager's: nothing becomes of a server that is being deleted."""
@@ -51,7 +57,7 @@ class GoingServer(world.ServerCase):
 
         def stay():
             reached.set()
-            self.engine.cancelled.wait(world.PATIENCE_SECONDS)
+            self.engine.await_cancel()
 
         self.engine.meanwhile[step] = stay
         return reached
@@ -73,7 +79,7 @@ class DeletedServer(GoingServer):
 
     def test_what_is_left_is_told(self):
         """The server is deleted all the same; the operator reads which disk is left, and what holds it."""
-        self.engine.disks.add(self.held)
+        self.hold_a_disk()
         self.delete()
         self.assertEqual({self.others_disk, self.held}, self.engine.disks)
         told = [line for line in self.stdlog.logger.output.splitlines() if self.held in line]
@@ -83,11 +89,11 @@ class DeletedServer(GoingServer):
     @ddt.data(task_states.REBUILDING, task_states.REBUILD_BLOCK_DEVICE_MAPPING, task_states.REBUILD_SPAWNING)
     def test_rebuild_for_which_a_disk_is_left(self, task_state):
         """It fails and says why: the disk that is left would be the rebuilt server's."""
-        self.engine.disks.add(self.held)
+        self.hold_a_disk()
         error = self.assertRaises(exception.NovaException, self.delete, task_state)
         self.assertIn(self.held, str(error))
         self.assertEqual({self.others_disk, self.held}, self.engine.disks)
-        self.engine.disks.remove(self.held)
+        self.engine.give_up(self.held)
         self.delete(task_state)
         self.assertEqual({self.others_disk}, self.engine.disks)
 
@@ -101,6 +107,19 @@ class DeletedServer(GoingServer):
         self.delete()
         self.assert_given_up(request.end)
         self.assertEqual({self.others_disk}, self.engine.disks)
+
+    def test_full_copy_under_way(self):
+        """The snapshot that it reads goes with the disk, and nothing becomes of it."""
+        self.flags(ways=["nova"], group="rbd_snap")
+        self.copy.side_effect = copying = world.Silence(self)
+        request = world.Beside(self.snapshot)
+        self.assertTrue(copying.begun.wait(world.PATIENCE_SECONDS))
+        self.assertEqual(1, len(self.engine.left))
+        self.delete()
+        self.assertEqual(({self.others_disk}, []), (self.engine.disks, self.engine.left))
+        copying.end()
+        self.assertRaises(exception.UnexpectedDeletingTaskStateError, request.end)
+        self.assert_no_image()
 
     @ddt.data("cancel", "remove_disks")
     def test_snapshot_that_begins_meanwhile(self, call):

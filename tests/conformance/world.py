@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of ours look at: a server on Nova's fake libvirt, and the engine and Glance held in memory.
+"""What the tests of ours look at: a server on Nova's fake libvirt, and a cluster and Glance held in memory.
 
 Whatever stands for something real behaves like it: a suspended guest is off, a frozen one stays frozen until somebody
 thaws it, the engine undoes its own failures. A test breaks one thing by putting another callable in its place.
@@ -10,7 +10,6 @@ thaws it, the engine undoes its own failures. A test breaks one thing by putting
 import itertools
 import pathlib
 import threading
-import time
 from unittest import mock
 
 import fixtures
@@ -28,12 +27,19 @@ from nova.virt.libvirt import imagebackend as nova_imagebackend
 from oslo_utils.fixture import uuidsentinel
 
 from nova_rbd_snap import errors
+from nova_rbd_snap.ledger.job import SNAP_PREFIX
+from nova_rbd_snap.ledger.store import Ledger
 from nova_rbd_snap.openstack import driver, glance, images, process
-from nova_rbd_snap.specs import ImageSpec, Location
+from nova_rbd_snap.specs import ImageSpec
+from tests.fakes.cluster import FakeCluster
+from tests.fakes.engine import make_engine
+from tests.waiting import eventually
 
-FSID = "f51d"
 NOVA_POOL = "nova-pool"
 GLANCE_POOL = "glance-pool"
+FSID = FakeCluster().fsid()
+#: What servers are made of.
+BASE = ImageSpec(GLANCE_POOL, "base").snap("snap")
 
 #: Longer than any test waits for what will happen; one that waits so long fails.
 PATIENCE_SECONDS = 30
@@ -210,108 +216,115 @@ def _address(hostdev):
     return f"{domain:04x}:{bus:02x}:{slot:02x}.{function:x}"
 
 
-class EngineInMemory:
-    """The engine as nova-compute sees it.
+class ObservedEngine:
+    """The engine as nova-compute sees it, on a cluster in memory.
 
-    :ivar disks: names of the servers' disks.
-    :ivar left: what exists because of a snapshot request, by job: an rbd image in Glance's pool, a frozen snapshot.
-    :ivar jobs: the ledger.
     :ivar asked: every job that ever came here.
     :ivar meanwhile: what happens during a call or step of that name; what it raises is what the call meets.
-    :ivar cancelled: set once a job that is at work shall stop.
     :ivar kept: set once nova-compute keeps it running.
     """
 
     def __init__(self):
-        self.disks = set()
-        self.left = {}
-        self.jobs = set()
         self.asked = []
         self.meanwhile = {}
-        self.parent_pool = GLANCE_POOL
-        self.cancelled = threading.Event()
         self.kept = threading.Event()
-        self._reserved = {}
-        self._at_work = {}
+        self._cluster = FakeCluster(NOVA_POOL, GLANCE_POOL)
+        self._cluster.create_disk(BASE.image)
+        self._cluster.create_snap(BASE)
+        self._engine = make_engine(self._cluster, pool=NOVA_POOL)
+
+    # -- the world, as tests make and see it
+
+    def add_disk(self, name):
+        """A server's disk as Nova makes it, of an image of Glance's."""
+        self._cluster.clone(BASE, ImageSpec(NOVA_POOL, name), None)
+
+    def add_flat_disk(self, name):
+        self._cluster.create_disk(ImageSpec(NOVA_POOL, name))
+
+    def remove_disk(self, name):
+        self._cluster.remove(ImageSpec(NOVA_POOL, name))
+
+    def take(self, disk):
+        """An operator's snapshot of a disk."""
+        self._cluster.create_snap(ImageSpec(NOVA_POOL, disk).snap("operators"))
+
+    def give_up(self, disk):
+        """The operator needs it no more."""
+        self._cluster.remove_snap(ImageSpec(NOVA_POOL, disk).snap("operators"))
+
+    @property
+    def disks(self):
+        """Names of the servers' disks."""
+        return set(self._cluster.images(NOVA_POOL))
+
+    @property
+    def left(self):
+        """What exists because of snapshot requests: rbd images in Glance's pool, snapshots of disks."""
+        images = [name for name in self._cluster.images(GLANCE_POOL) if name != BASE.image.name]
+        disks = [ImageSpec(NOVA_POOL, name) for name in self.disks]
+        snaps = [f"{disk}@{snap.name}" for disk in disks for snap in self._cluster.snaps(disk)]
+        return images + [snap for snap in snaps if SNAP_PREFIX in snap]
+
+    @property
+    def jobs(self):
+        """What the ledger holds."""
+        return {job.id for job in Ledger(self._cluster, NOVA_POOL).read().jobs}
+
+    def await_cancel(self):
+        """Return once work shall stop."""
+        works = self._engine._busy
+        eventually(lambda: any(work.cancelled.is_set() for work in list(works.values())), "it is cancelled", pause=0.01)
 
     def _reach(self, name):
         self.meanwhile.get(name, lambda: None)()
 
+    # -- the calls
+
     def check(self):
-        return []
+        return self._engine.check()
 
     def keep_running(self):
         self.kept.set()
 
     def describe(self, disk):
         self._reach("describe")
-        return {"fsid": FSID, "pool": NOVA_POOL, "parent_pool": self.parent_pool}
+        return self._engine.describe(disk)
 
     def reserve_clone(self, image_id, disk, dest_pool):
-        self._reserve("reserve_clone", image_id, disk, f"{dest_pool}/{image_id}@snap, made of {disk}")
-        return Location(FSID, ImageSpec(dest_pool, image_id).snap("snap")).url
+        self.asked.append(image_id)
+        self._reach("reserve_clone")
+        return self._engine.reserve_clone(image_id, disk, dest_pool)
 
     def reserve_freeze(self, job_id, disk):
-        self._reserve("reserve_freeze", job_id, disk, None)
-        return job_id
-
-    def _reserve(self, call, job_id, disk, image):
         self.asked.append(job_id)
-        self._reach(call)
-        self.jobs.add(job_id)
-        self._reserved[job_id] = disk, image
+        self._reach("reserve_freeze")
+        return self._engine.reserve_freeze(job_id, disk)
 
     def perform(self, job_id, snap_before, report):
-        if job_id not in self._reserved:
-            raise errors.LedgerConflict(f"job {job_id} was not reserved by this engine")
-        disk, image = self._reserved.pop(job_id)
-        self._at_work[job_id] = disk
-        try:
-            self._begin("snap", report)
-            self.left[job_id] = f"{disk}@{job_id}"
-            if snap_before is not None and time.monotonic() > snap_before:
-                raise errors.NotQuiesced("the snapshot came after the guest's file systems had to be let go")
-            for step in ("clone", "flatten", "seal") if image else ():
-                self._begin(step, report)
-            self.left[job_id] = image or self.left[job_id]
-        except Exception:
-            self.rollback(job_id)
-            raise
-        finally:
-            del self._at_work[job_id]
+        def observed(step, done, total):
+            report(step, done, total)
+            if not total:  # it begins
+                self._reach(step)
 
-    def _begin(self, step, report):
-        report(step, 0, 0)
-        self._reach(step)
-        if self.cancelled.is_set():
-            raise errors.Cancelled("the snapshot was cancelled")
+        self._engine.perform(job_id, snap_before, observed)
 
     def finish(self, image_id):
-        self.jobs.remove(image_id)
+        self._engine.finish(image_id)
 
     def rollback(self, job_id):
-        self._reserved.pop(job_id, None)
-        self.left.pop(job_id, None)
-        known = job_id in self.jobs
-        self.jobs.discard(job_id)
-        return known
+        return self._engine.rollback(job_id)
 
     def leave(self, job_id):
-        """The job stays in the ledger until Glance's record tells what is to become of it."""
+        self._engine.leave(job_id)
 
     def cancel(self, server):
         self._reach("cancel")
-        found = [job_id for job_id, disk in self._at_work.items() if disk.startswith(server)]
-        if found:
-            self.cancelled.set()
-        return found
+        return self._engine.cancel(server)
 
     def remove_disks(self, server):
         self._reach("remove_disks")
-        mine = sorted(disk for disk in self.disks if disk.startswith(server))
-        held = [disk for disk in mine if disk.endswith(".held")]
-        self.disks -= {*mine} - {*held}
-        return [f"{NOVA_POOL}/{disk} is left: a snapshot of an operator's holds it" for disk in held]
+        return self._engine.remove_disks(server)
 
 
 class GlanceInMemory:
@@ -374,7 +387,7 @@ class ServerCase(test_driver._BaseSnapshotTests):
 
     def setUp(self):
         super().setUp()
-        self.engine, self.glance = EngineInMemory(), GlanceInMemory(self.image_service)
+        self.engine, self.glance = ObservedEngine(), GlanceInMemory(self.image_service)
         use(self, self.engine, self.glance)
         self.domains = {}
         self._servers_files = pathlib.Path(self.useFixture(fixtures.TempDir()).path)
@@ -409,7 +422,8 @@ class ServerCase(test_driver._BaseSnapshotTests):
     def give_domain(self, server, devices=()):
         domain = self.domains[server.uuid] = Domain(server.uuid, devices)
         self.mark(server).parent.mkdir(exist_ok=True)
-        self.engine.disks.add(f"{server.uuid}_disk")
+        if f"{server.uuid}_disk" not in self.engine.disks:
+            self.engine.add_disk(f"{server.uuid}_disk")
         return domain
 
     def mark(self, server=None):
@@ -467,5 +481,5 @@ class ServerCase(test_driver._BaseSnapshotTests):
         self.assert_nothing_left()
 
     def assert_nothing_left(self):
-        self.assertEqual({}, self.engine.left)
+        self.assertEqual([], self.engine.left)
         self.assertEqual(set(), self.engine.jobs)
