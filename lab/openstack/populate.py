@@ -68,7 +68,7 @@ def images(cloud):
 
 
 def flavors(cloud):
-    for name, disk_gb in [('tiny', 1), ('big', 10), ('huge', 1024)]:
+    for name, disk_gb in [('tiny', 1), ('big', 10)]:
         if not cloud.compute.find_flavor(name):
             cloud.compute.create_flavor(name=name, ram=64, vcpus=1, disk=disk_gb)
 

@@ -26,10 +26,14 @@ def test_parallel_snapshots_share_one_client(cloud: Cloud) -> None:
     images = [cloud.request(server) for server in servers]
     (engine,) = cloud.engines()
     seen = set()
-    while not all(cloud.image(image).status == "active" for image in images):
+
+    def are_active() -> bool:
         seen.add(cloud.rados_clients(engine))
         # Nova asks the cluster for its size now and then, and lets go again.
         eventually(lambda: cloud.rados_clients(cloud.nova_compute) == 0, "nova-compute has no client", 10)
+        return all(cloud.image(image).status == "active" for image in images)
+
+    eventually(are_active, "all images are active", 120, pause=0)
     assert seen <= {1}
     assert cloud.engines() == [engine]
     for server, image, digest in zip(servers, images, digests):

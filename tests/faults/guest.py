@@ -79,7 +79,6 @@ class FakeGuest:
         """
         self._saboteur, self._nova, self._nova_exception, self._is_on = saboteur, nova, nova_exception, is_on
         self.frozen = self.suspended = self.required = False
-        self.has_agent = True
         self.thawed = threading.Event()
         #: Set when a test is over: what hangs comes back.
         self.over = threading.Event()

@@ -78,6 +78,7 @@ class Operator:
     """Pools, a Ceph user, a snapshots directory and a nova.conf, and the command that is run with them."""
 
     def __init__(self, world: World, folder: Path, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
         name = f"sweep-{uuid.uuid4().hex[:8]}"
         self.world, self.vms, self.images = world, f"{name}-vms", f"{name}-images"
         for pool in (self.vms, self.images):
@@ -150,7 +151,9 @@ class Operator:
 
     def glance_image(self) -> ImageSpec:
         """One that Glance has a record of, made now."""
-        return self.create(self.images, self.world.new_record(f"{uuid.uuid4()}_disk"))
+        image_id = self.world.new_record(f"{uuid.uuid4()}_disk")
+        self._stack.callback(self.world.delete_image, image_id)
+        return self.create(self.images, image_id)
 
     def copy(self, name: str, moment: float) -> Path:
         """What Nova's own full copy leaves on the local disk."""

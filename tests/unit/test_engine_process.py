@@ -206,6 +206,7 @@ def test_engine_is_kept_running(start: Start) -> None:
     pid = client.pid
     os.kill(pid, signal.SIGKILL)
     eventually(lambda: client.pid not in (None, pid), "another engine runs", pause=0.01)
+    client._start = sys.exit  # else it would start one after the other until all tests are over
 
 
 def test_next_engine_leaves_alone_what_we_have_the_say_about(start: Start, tmp_path: Path) -> None:
