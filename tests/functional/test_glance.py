@@ -15,7 +15,7 @@ from nova_rbd_snap import errors
 from nova_rbd_snap.openstack.glance import Glance
 from nova_rbd_snap.specs import ImageSpec, Location
 from tests.fakes.glance import FakeImageService
-from tests.functional.world import MIB, World
+from tests.functional.world import MIB, World, delete
 from tests.waiting import eventually
 
 FORMATS = {"disk_format": "raw", "container_format": "bare"}
@@ -200,18 +200,7 @@ def test_deletion(service: Service) -> None:
     """Of a record that waits, and of an image with its data."""
     url = service.data()
     for image_id in (service.waiting(), active(service, url)):
-        eventually(lambda image_id=image_id: deleted(service, image_id), "it can be deleted")
+        delete(service.glance, image_id)
         with pytest.raises(errors.RecordGone):
             service.glance.record(image_id)
     eventually(lambda: not service.holds(url), "the data is gone")
-
-
-def deleted(service: Service, image_id: str) -> bool:
-    """Glance refuses it while it reads the data to hash it."""
-    try:
-        service.glance.delete(image_id)
-    except errors.RecordGone:
-        return True
-    except errors.NotRegistered:
-        return False
-    return True

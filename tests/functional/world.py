@@ -40,6 +40,21 @@ USUAL_RATIOS = {"nearfull": 0.85, "backfillfull": 0.9, "full": 0.95}
 PROXY_PORT = 9394
 
 
+def delete(glance: Glance, image_id: str) -> None:
+    """Delete the image; Glance refuses that while it still reads the image to hash it."""
+
+    def deleted() -> bool:
+        try:
+            glance.delete(image_id)
+        except errors.RecordGone:
+            return True
+        except errors.NotRegistered:
+            return False
+        return True
+
+    eventually(deleted, f"image {image_id} can be deleted", pause=0.1)
+
+
 class World:
     """The cluster and Glance as their administrators see them, and what a snapshot request has at hand."""
 
@@ -150,18 +165,7 @@ class World:
         clone.register(engine, as_user, image_id, url, formats, timeout_seconds=HURRIED_SECONDS, report=unheard)
 
     def delete_image(self, image_id: str) -> None:
-        """Delete the image; Glance refuses that while it still reads the image to hash it."""
-
-        def deleted() -> bool:
-            try:
-                self.service.delete(image_id)
-            except errors.RecordGone:
-                return True
-            except errors.NotRegistered:
-                return False
-            return True
-
-        eventually(deleted, f"image {image_id} can be deleted", pause=0.1)
+        delete(self.service, image_id)
 
     def remove_whole(self, pool: str, name: str) -> None:
         """Remove an rbd image with its snapshots, whatever is left of it."""
