@@ -53,9 +53,7 @@ sys.exit(__main__.main())
 """
 
 
-def execute(
-    *words: str, proc: Path = Path("/proc"), now: Optional[float] = None
-) -> subprocess.CompletedProcess[str]:
+def execute(*words: str, proc: Path = Path("/proc"), now: Optional[float] = None) -> subprocess.CompletedProcess[str]:
     """The command, from the source tree; *now* or as of *now*."""
     command = (sys.executable, "-W", "ignore", "-c", SHOWN, str(proc), str(now or time.time()), *words)
     return subprocess.run(command, cwd=SOURCE, capture_output=True, text=True, timeout=600, check=False)
@@ -83,9 +81,7 @@ class Operator:
         self.world, self.vms, self.images = world, f"{name}-vms", f"{name}-images"
         for pool in (self.vms, self.images):
             world.tell_monitor("osd pool create", pool=pool, pg_num=1)
-            stack.callback(
-                world.tell_monitor, "osd pool rm", pool=pool, pool2=pool, yes_i_really_really_mean_it=True
-            )
+            stack.callback(world.tell_monitor, "osd pool rm", pool=pool, pool2=pool, yes_i_really_really_mean_it=True)
             world.tell_monitor("osd pool application enable", pool=pool, app="rbd")
         self.ioctx = {pool: world.rados.open_ioctx(pool) for pool in (self.vms, self.images)}
         self.user, self.ceph_conf = name, folder / "ceph.conf"
