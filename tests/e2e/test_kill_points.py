@@ -84,7 +84,7 @@ def test_engine_killed_as_it_freezes_the_disk(
 ) -> None:
     """For a full copy: the next engine freezes it, and the guest is not suspended."""
     cloud.configure(holding, {"rbd_snap": {"ways": "nova"}})
-    found.kill = "freeze", "engine"
+    found.kill = True
     before, digest = cloud.picture(), cloud.disk_digest(server)
     interruptions = cloud.guests.interruptions(server.id)
     image_id = held_at(server, "snap")
