@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import threading
 import time
 import xml.etree.ElementTree as ET
@@ -444,16 +445,7 @@ class _Request:
         try:
             with self.on_disks.work(self.instance.uuid):
                 self.still.ask()  # a copy without a snapshot would ask QEMU for more, and wait for ever
-                try:
-                    return self._freeze(job_id)
-                except (errors.EngineLost, errors.LedgerConflict) as error:
-                    if not error.may_fall_back:
-                        raise
-                    LOG.warning(
-                        "Snapshot to image %s: the disk could not be frozen, and is by the next engine: %s",
-                        self.image_id, error.report(), instance=self.instance,
-                    )
-                    return self._freeze(job_id)
+                return self._freeze(job_id)
         except errors.SnapError as error:
             if not error.may_fall_back:
                 raise
@@ -466,7 +458,18 @@ class _Request:
             return None
 
     def _freeze(self, job_id: str) -> str:
-        return clone.freeze(process.engine(), job_id, self.disk.rbd_name, self._perform)
+        """By the engine or, where that dies over it, by the next."""
+        freeze = functools.partial(clone.freeze, process.engine(), job_id, self.disk.rbd_name, self._perform)
+        try:
+            return freeze()
+        except (errors.EngineLost, errors.LedgerConflict) as error:
+            if not error.may_fall_back:
+                raise
+            LOG.warning(
+                "Snapshot to image %s: the engine was lost, and the next one freezes the disk: %s",
+                self.image_id, error.report(), instance=self.instance,
+            )
+            return freeze()
 
     def _perform(self, job_id: str) -> None:
         self.still.perform(process.engine(), job_id, self._note)

@@ -263,8 +263,8 @@ class ObservedEngine:
         """What exists because of snapshot requests: rbd images in Glance's pool, snapshots of disks."""
         images = [name for name in self._cluster.images(GLANCE_POOL) if name != BASE.image.name]
         disks = [ImageSpec(NOVA_POOL, name) for name in self.disks]
-        snaps = [f"{disk}@{snap.name}" for disk in disks for snap in self._cluster.snaps(disk)]
-        return images + [snap for snap in snaps if SNAP_PREFIX in snap]
+        snaps = [disk.snap(snap.name) for disk in disks for snap in self._cluster.snaps(disk)]
+        return images + [str(snap) for snap in snaps if snap.name.startswith(SNAP_PREFIX)]
 
     @property
     def jobs(self):

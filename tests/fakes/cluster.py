@@ -66,8 +66,6 @@ class _Image:
     objects: Content = field(default_factory=dict)
     snaps: list[_Snap] = field(default_factory=list)
     half: Optional[str] = None
-    # In the trash: since the epoch, in seconds.
-    kept_until: float = 0.0
     # How many attempts to remove it find it open somewhere.
     busy: float = 0
     # Address of who has it open and does not answer: frozen, or dead.
@@ -498,7 +496,6 @@ class FakeCluster:
             raise errors.Missing(f"no rbd image {image}")
         self._make_trash(image)
         pool.trash.append(pool.images.pop(image.name))
-        pool.trash[-1].kept_until = self.now + keep_seconds
 
     @_call
     def omap_items(self, pool: str, name: str) -> dict[str, str]:
