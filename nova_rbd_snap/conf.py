@@ -13,6 +13,9 @@ from typing import Any, Optional
 
 from oslo_config import cfg
 
+from nova_rbd_snap.flatten.bounds import Bounds
+from nova_rbd_snap.ledger.job import BACKGROUND, INLINE, NEVER
+
 GROUP = cfg.OptGroup(
     "rbd_snap",
     title="Snapshots inside Ceph",
@@ -51,9 +54,70 @@ OPTIONS = [
     ),
     cfg.StrOpt(
         "flatten",
-        default="inline",
-        choices=[("inline", "before the image becomes usable")],
-        help="When the snapshot's copy-on-write link to the server's disk is cut.",
+        default=INLINE,
+        choices=[
+            (INLINE, "before the image becomes usable"),
+            (BACKGROUND, "soon after the image became usable"),
+            (NEVER, "not at all; a server's disk that images depend on is kept in the trash until they are deleted"),
+        ],
+        help="When the snapshot's copy-on-write link to the server's disk is cut. Until then whoever reads the image "
+        "reads the disk as well: 'background' and 'never' need 'profile rbd-read-only' on Nova's pool for the Ceph "
+        "users of Glance, Cinder and other Nova pools. With clone_format = 1 it is always 'inline'.",
+    ),
+    cfg.ListOpt(
+        "flatten_overrides",
+        default=["flavor", "image"],
+        item_type=cfg.types.String(choices=("flavor", "image")),
+        help="What may choose another 'flatten' for a server: the extra spec rbd_snap:flatten of its flavor, the "
+        "property rbd_snap_flatten of its image. The flavor's counts where both do. Empty: nothing may.",
+    ),
+    cfg.IntOpt(
+        "flatten_workers",
+        default=1,
+        min=0,
+        help="How many images this host flattens in the background at once; 0 leaves that to other hosts, and to "
+        "'nova-rbd-snap worker'.",
+    ),
+    cfg.IntOpt(
+        "flatten_limit",
+        default=4,
+        min=1,
+        help="How many images are flattened in the background at once in the whole cloud. The same on every host.",
+    ),
+    cfg.StrOpt(
+        "delete",
+        default="now",
+        choices=[
+            ("now", "at once, which takes as long as they are large"),
+            ("trash", "to the trash of their pool at once, and from there in the background"),
+        ],
+        help="How the disks of a server that is deleted are removed. The space is free when that is done.",
+    ),
+    cfg.IntOpt(
+        "clone_depth_soft",
+        default=4,
+        min=1,
+        help="An image that reads through more rbd images than this is flattened in the background even if 'flatten' "
+        "is 'never'. Chains grow when servers are booted from snapshots of servers that were.",
+    ),
+    cfg.IntOpt(
+        "clone_depth_hard",
+        default=8,
+        min=1,
+        help="An image that would read through more rbd images than this is flattened before it becomes usable.",
+    ),
+    cfg.IntOpt(
+        "disk_snapshots_soft",
+        default=250,
+        min=1,
+        help="With more snapshots on a server's disk than this, each new one has the oldest image that depends on the "
+        "disk flattened in the background.",
+    ),
+    cfg.IntOpt(
+        "disk_snapshots_hard",
+        default=450,
+        min=1,
+        help="With as many snapshots on a server's disk, a new image is flattened before it becomes usable.",
     ),
     cfg.Opt(  # IntOpt takes no choices in the oslo.config of Nova 26
         "clone_format",
@@ -126,6 +190,11 @@ class Settings:
     glance_pool: Optional[str]
     glance_data_pool: Optional[str]
     clone_format: int
+    flatten: str
+    flatten_workers: int
+    flatten_limit: int
+    bounds: Bounds
+    delete: str
     operation_timeout: int
     reclaim_interval: int
     auth_section: str
@@ -146,6 +215,13 @@ class Settings:
             glance_pool=ours.glance_pool,
             glance_data_pool=ours.glance_data_pool,
             clone_format=ours.clone_format,
+            flatten=ours.flatten,
+            flatten_workers=ours.flatten_workers,
+            flatten_limit=ours.flatten_limit,
+            bounds=Bounds(
+                ours.clone_depth_soft, ours.clone_depth_hard, ours.disk_snapshots_soft, ours.disk_snapshots_hard
+            ),
+            delete=ours.delete,
             operation_timeout=ours.operation_timeout,
             reclaim_interval=ours.reclaim_interval,
             auth_section=ours.auth_section,
@@ -160,6 +236,12 @@ def _validate(conf: Any) -> None:
             conf.rbd_snap[option.name]
         except ValueError as error:
             raise BadOption(f"[rbd_snap] {option.name}: {error}; correct it or remove the line") from error
+    for bound in ("clone_depth", "disk_snapshots"):
+        soft, hard = conf.rbd_snap[f"{bound}_soft"], conf.rbd_snap[f"{bound}_hard"]
+        if soft > hard:
+            raise BadOption(
+                f"[rbd_snap] {bound}_soft is {soft} and {bound}_hard is {hard}; make the hard one the larger"
+            )
     ways = conf.rbd_snap.ways
     # Nova's copy leaves the task states as no other way may find them.
     if not ways or len(set(ways)) != len(ways) or "nova" in ways[:-1]:
@@ -193,16 +275,32 @@ def reasons_for_no_clone(conf: Any) -> Iterator[str]:
         )
 
 
+def reasons_for_inline(conf: Any) -> Iterator[str]:
+    """Why images are flattened at once although another policy is set, as :func:`reasons_for_no_clone` tells."""
+    if conf.rbd_snap.flatten != INLINE and conf.rbd_snap.clone_format == 1:
+        yield (
+            f"[rbd_snap] flatten is {conf.rbd_snap.flatten!r}, but with clone_format = 1 it is always 'inline'; set "
+            "clone_format = 2, if every client of the cluster can read that, or flatten = inline"
+        )
+
+
 def register(conf: Any) -> None:
     """Make the ``[rbd_snap]`` options known to *conf*; repeatable."""
     conf.register_group(GROUP)
     conf.register_opts(OPTIONS, group=GROUP)
 
 
-def load(arguments: Sequence[str]) -> Any:
+def arguments(conf: Any) -> list[str]:
+    """What makes another process read the configuration that *conf* was read from."""
+    files = [word for file in conf.config_file or () for word in ("--config-file", file)]
+    folders = [word for folder in conf.config_dir or () for word in ("--config-dir", folder)]
+    return files + folders
+
+
+def load(words: Sequence[str]) -> Any:
     """nova.conf as read by a process without Nova.
 
-    :param arguments: ``--config-file`` and ``--config-dir`` as nova-compute got them; empty for its default files.
+    :param words: ``--config-file`` and ``--config-dir`` as nova-compute got them; empty for its default files.
     :raises BadOption: there is no such file, or it cannot be read.
     """
     conf = cfg.ConfigOpts()
@@ -210,10 +308,25 @@ def load(arguments: Sequence[str]) -> Any:
     for group, options in _NOVAS.items():
         conf.register_opts(options, group=group)
     try:
-        conf(list(arguments), project="nova", prog="nova-compute")
+        conf(list(words), project="nova", prog="nova-compute")
     except cfg.Error as error:
         raise BadOption(f"nova-compute's configuration cannot be read: {error}") from error
     return conf
+
+
+def cloud(nova_conf: Any) -> str:
+    """Keystone's URL and the region as configured, which tell one cloud's Glance from another's.
+
+    Of Placement's section, for nova-compute does not start without it; our own may come, and change, at any time.
+    """
+    # Read apart: keystoneauth, which is imported once that is needed, registers the same options otherwise.
+    conf = cfg.ConfigOpts()
+    conf.register_opt(cfg.StrOpt("auth_section", default="placement"), group="placement")
+    conf.register_opt(cfg.StrOpt("region_name"), group="glance")
+    conf(arguments(nova_conf), project="nova", prog="nova-compute")
+    section = conf.placement.auth_section
+    conf.register_opt(cfg.StrOpt("auth_url", default=""), group=section)
+    return " ".join(filter(None, (conf[section].auth_url.rstrip("/"), conf.glance.region_name)))
 
 
 def list_opts() -> list[tuple[Any, list[Any]]]:

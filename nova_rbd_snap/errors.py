@@ -14,6 +14,7 @@
     │   ├── AlreadyThere    the thing to be made exists, and this call did not make it
     │   ├── Busy            in use: a watcher, a child, a lock
     │   │   └── HasSnapshots
+    │   ├── LeaseLost       a lease ran out, or was taken away: somebody else may be at work by now
     │   ├── NoPermission    cephx denied it
     │   │   └── MayNotFence a dead engine's client cannot be cut off
     │   ├── NoSpace         pool or cluster full
@@ -133,6 +134,10 @@ class Busy(CephError):
 
 class HasSnapshots(Busy):
     """The rbd image still has snapshots."""
+
+
+class LeaseLost(CephError):
+    """A lease ran out, or was taken away: somebody else may be at work by now."""
 
 
 class NoPermission(CephError):

@@ -65,6 +65,7 @@ BESIDE = [
         Suite("e2e-nova-31", end_to_end("31", E2E, "-m", "core")),
         Suite("contract", inside("31", "/src/tests/contract", NOVA_RBD_SNAP_REAL="1")),
         Suite("deaths", inside("31", "/src/tests/deaths", NOVA_RBD_SNAP_DEATHS="12")),
+        Suite("contract-16", f"lab/lab up ceph16 && {inside('ceph16', '/src/tests/contract', NOVA_RBD_SNAP_REAL='1')}"),
     ],
     [
         Suite("functional-34", inside("34", FUNCTIONAL, "-m", "'not disturbs and not slow'")),

@@ -8,6 +8,7 @@ The docstrings are the contract: ``tests/contract`` runs the same cases on both.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Callable, Optional, Protocol
 
@@ -36,6 +37,7 @@ class ImageInfo:
     :ivar id: survives renames, and is what identifies the rbd image in the ledger.
     :ivar created: seconds since the epoch.
     :ivar parent: the snapshot it is a clone of. A trashed snapshot carries a UUID instead of its own name.
+    :ivar snap_count: of snapshots, trashed ones included.
     :ivar data_pool: pool of its data objects, as a rule its own.
     """
 
@@ -43,6 +45,7 @@ class ImageInfo:
     size_bytes: int
     created: float
     parent: Optional[SnapSpec]
+    snap_count: int
     data_pool: str
     deep_flatten: bool
     journaling: bool
@@ -65,8 +68,29 @@ class SnapInfo:
     trashed: bool
 
 
+@dataclass(frozen=True)
+class TrashInfo:
+    """An rbd image in the trash of its pool.
+
+    :ivar name: the one it had, which may be another's by now.
+    :ivar is_parent: it was removed, and is there only until no clone depends on it.
+    :ivar kept_until: seconds since the epoch.
+    """
+
+    id: str
+    name: str
+    is_parent: bool
+    kept_until: float
+
+
 class Cluster(Protocol):
     """One connection to one cluster as one user."""
+
+    def keep_open(self, image: ImageSpec) -> contextlib.AbstractContextManager[None]:
+        """Within the block, what this thread asks of *image* goes over one opened rbd image: opening one is dear.
+
+        It is opened by the first call that needs it, and is in the way of its removal until the block ends.
+        """
 
     def fsid(self) -> str:
         """The id of the cluster."""
@@ -96,6 +120,12 @@ class Cluster(Protocol):
 
     def lookup(self, image: ImageSpec) -> ImageInfo:
         """:raises Missing: it does not exist, or is half-made and cannot be opened."""
+
+    def ancestors(self, image: ImageSpec) -> list[ImageSpec]:
+        """The rbd images that *image* reads through, nearest first, those in a trash by their former names.
+
+        :raises Missing: no such rbd image.
+        """
 
     def usual_data_pool(self, pool: str) -> Optional[str]:
         """The data pool of the rbd images that are in *pool*, judged by one of them; None without one."""
@@ -164,9 +194,12 @@ class Cluster(Protocol):
     def remove(self, image: ImageSpec, on_progress: Optional[Callable[[int, int], object]] = None) -> None:
         """Remove a whole or half-made rbd image.
 
+        One whose snapshots are all trashed, and have clones that depend on them, is moved to the trash instead, where
+        librbd removes it with the last of those, if who removes or flattens that one may write to the pool.
+
         :param on_progress: called with objects done and objects in all; it cannot ask to stop.
         :raises Missing: the name is free.
-        :raises HasSnapshots: it has snapshots.
+        :raises HasSnapshots: it has others.
         :raises Busy: it is open somewhere; a dead client counts for about 30 s.
         """
 
@@ -175,6 +208,20 @@ class Cluster(Protocol):
 
         :param keep_seconds: for how long nothing but force removes it from there, and no purge.
         :raises Missing: no such rbd image.
+        """
+
+    def trashed(self, pool: str) -> list[TrashInfo]:
+        """What is in the trash of *pool*."""
+
+    def children_of_trashed(self, pool: str, image_id: str) -> list[ImageSpec]:
+        """The clones that depend on an rbd image in the trash. :raises Missing: no such rbd image there."""
+
+    def remove_trashed(self, pool: str, image_id: str) -> None:
+        """Remove an rbd image from the trash for good, whatever it is kept for.
+
+        :raises Missing: no such rbd image there.
+        :raises HasSnapshots: it has snapshots, and not only trashed ones that no clone depends on.
+        :raises Busy: it is open somewhere.
         """
 
     def omap_items(self, pool: str, name: str) -> dict[str, str]:
@@ -188,3 +235,17 @@ class Cluster(Protocol):
 
         :raises LedgerConflict: it is something else; nothing was changed.
         """
+
+    def take_lease(self, pool: str, name: str, seconds: float) -> None:
+        """Become, for so long, the one client that has the lease on the RADOS object *name*, which is made if need be.
+
+        The OSD's clock counts, and nobody's else.
+
+        :raises Busy: somebody has it, be it this client.
+        """
+
+    def renew_lease(self, pool: str, name: str, seconds: float) -> None:
+        """Have the lease for so long from now. :raises LeaseLost: this client has it no more."""
+
+    def end_lease(self, pool: str, name: str) -> None:
+        """Give the lease back, if it is still this client's."""

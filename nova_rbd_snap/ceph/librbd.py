@@ -12,15 +12,17 @@ import datetime
 import errno
 import json
 import struct
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
 import rados
 import rbd
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.ceph import translate
-from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo, one_client
+from nova_rbd_snap.ceph import lease, translate, trash
+from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo, TrashInfo, one_client
 from nova_rbd_snap.specs import ImageSpec, SnapSpec, client_address
 
 _OMAP_PAGE = 1000
@@ -68,15 +70,32 @@ def _text(data: bytes) -> str:
     return data.decode(errors="backslashreplace")
 
 
+@dataclass
+class _Kept:
+    """An rbd image that a thread keeps open, from the first call on that needs it."""
+
+    stack: contextlib.ExitStack
+    opened: Any = None
+
+
 class LibrbdCluster:
     """See :class:`nova_rbd_snap.ceph.interface.Cluster`."""
 
-    def __init__(self, *, conf: str, user: Optional[str], timeout_seconds: int, clone_format: int) -> None:
+    def __init__(
+        self,
+        *,
+        conf: str,
+        user: Optional[str],
+        timeout_seconds: int,
+        clone_format: int,
+        objects_at_once: Optional[int] = None,
+    ) -> None:
         """Connect.
 
         :param conf: path of ceph.conf; empty for librados' own search.
         :param user: cephx user without ``client.``.
         :param timeout_seconds: bound of each single RADOS operation; one librbd call takes several.
+        :param objects_at_once: how many objects a flatten or a removal has under way; None for Ceph's own number.
         :raises errors.Unreachable: no monitor answered.
         :raises errors.Missing: no configuration file or keyring.
         """
@@ -85,10 +104,14 @@ class LibrbdCluster:
             "rados_mon_op_timeout": str(timeout_seconds),
             "rados_osd_op_timeout": str(timeout_seconds),
             "rbd_default_clone_format": str(clone_format),
+            "rbd_move_parent_to_trash_on_remove": "true",
         }
+        if objects_at_once is not None:
+            options["rbd_concurrent_management_ops"] = str(objects_at_once)
         with _translated(f"connect to Ceph as {user or 'the default user'} with {conf or 'the default ceph.conf'}"):
             self._rados = rados.Rados(rados_id=user, conffile=conf, conf=options)
             self._rados.connect()
+        self._of_thread = threading.local()
 
     @contextlib.contextmanager
     def _pool(self, pool: str) -> Iterator[Any]:
@@ -102,10 +125,31 @@ class LibrbdCluster:
 
     @contextlib.contextmanager
     def _image(self, image: ImageSpec, doing: str, *, read_only: bool = False) -> Iterator[Any]:
-        with _translated(doing), self._pool(image.pool) as ioctx:
-            opened = rbd.Image(ioctx, image.name, read_only=read_only)
-            with opened:
-                yield opened
+        keeping = self._kept.get(image)
+        with _translated(doing), contextlib.ExitStack() as stack:
+            if keeping is None:
+                yield self._open(image, stack, read_only)
+                return
+            if keeping.opened is None:
+                keeping.opened = self._open(image, keeping.stack, read_only=False)
+            yield keeping.opened
+
+    def _open(self, image: ImageSpec, stack: contextlib.ExitStack, read_only: bool) -> Any:
+        ioctx = stack.enter_context(self._pool(image.pool))
+        return stack.enter_context(rbd.Image(ioctx, image.name, read_only=read_only))
+
+    @property
+    def _kept(self) -> dict[ImageSpec, _Kept]:
+        """The rbd images that this thread keeps open."""
+        kept: dict[ImageSpec, _Kept] = self._of_thread.__dict__.setdefault("kept", {})
+        return kept
+
+    @contextlib.contextmanager
+    def keep_open(self, image: ImageSpec) -> Iterator[None]:
+        with _translated(f"close {image}"), contextlib.ExitStack() as stack:
+            self._kept[image] = _Kept(stack)
+            stack.callback(self._kept.pop, image)
+            yield
 
     def fsid(self) -> str:
         with _translated("ask for the cluster's fsid"):
@@ -154,6 +198,7 @@ class LibrbdCluster:
             size_bytes=opened.size(),
             created=_seconds(opened.create_timestamp()),
             parent=self._parent(opened),
+            snap_count=len(list(opened.list_snaps())),
             data_pool=self._data_pool(opened),
             deep_flatten=bool(features & rbd.RBD_FEATURE_DEEP_FLATTEN),
             journaling=bool(features & rbd.RBD_FEATURE_JOURNALING),
@@ -167,6 +212,24 @@ class LibrbdCluster:
         except rbd.ImageNotFound:
             return None
         return ImageSpec(pool, name).snap(snap)
+
+    def ancestors(self, image: ImageSpec) -> list[ImageSpec]:
+        found, doing = [], f"look up the parents of {image}"
+        with self._image(image, doing, read_only=True) as opened:
+            parent = self._parent_with_id(opened)
+        while parent is not None:
+            spec, image_id = parent
+            found.append(spec)
+            with _translated(doing), self._pool(spec.pool) as ioctx:
+                # By id: another may have the name by now.
+                opened = rbd.Image(ioctx, image_id=image_id, read_only=True)
+                with opened:
+                    parent = self._parent_with_id(opened)
+        return found
+
+    def _parent_with_id(self, opened: Any) -> Optional[tuple[ImageSpec, str]]:
+        snap = self._parent(opened)
+        return (snap.image, str(opened.parent_id())) if snap is not None else None
 
     def _data_pool(self, opened: Any) -> str:
         return str(self._rados.pool_reverse_lookup(opened.data_pool_id()))
@@ -314,12 +377,36 @@ class LibrbdCluster:
         with self._removing(f"move {image} to the trash", image) as ioctx:
             rbd.RBD().trash_move(ioctx, image.name, keep_seconds)
 
+    def trashed(self, pool: str) -> list[TrashInfo]:
+        with _translated(f"list the trash of pool {pool}"), self._pool(pool) as ioctx:
+            found = self._omap(ioctx, trash.OBJECT)
+        return [trash.decode(_text(key), value) for key, value in found.items() if key.startswith(trash.KEY.encode())]
+
+    def children_of_trashed(self, pool: str, image_id: str) -> list[ImageSpec]:
+        found = []
+        with _translated(f"list the clones of {image_id} in the trash of pool {pool}"), self._pool(pool) as ioctx:
+            opened = rbd.Image(ioctx, image_id=image_id, read_only=True)
+            with opened:
+                for snap in list(opened.list_snaps()):
+                    opened.set_snap_by_id(snap["id"])
+                    found += [ImageSpec(child["pool"], child["image"]) for child in opened.list_children2()]
+        return found
+
+    def remove_trashed(self, pool: str, image_id: str) -> None:
+        with _translated(f"remove {image_id} from the trash of pool {pool}"), self._pool(pool) as ioctx:
+            rbd.RBD().trash_remove(ioctx, image_id, True)
+
     def omap_items(self, pool: str, name: str) -> dict[str, str]:
+        with _translated(f"read {pool}/{name}"), self._pool(pool) as ioctx:
+            return {_text(key): _text(value) for key, value in self._omap(ioctx, name).items()}
+
+    def _omap(self, ioctx: Any, name: str) -> dict[bytes, bytes]:
+        """All pairs; none where there is no object."""
         found: dict[bytes, bytes] = {}
-        with _translated(f"read {pool}/{name}"), self._pool(pool) as ioctx, contextlib.suppress(rados.ObjectNotFound):
+        with contextlib.suppress(rados.ObjectNotFound):
             while page := self._omap_page(ioctx, name, after=max(found, default=b"")):
                 found.update(page)
-        return {_text(key): _text(value) for key, value in found.items()}
+        return found
 
     @staticmethod
     def _omap_page(ioctx: Any, name: str, after: bytes) -> dict[bytes, bytes]:
@@ -343,3 +430,23 @@ class LibrbdCluster:
                 if getattr(error, "errno", None) != errno.ECANCELED:
                     raise
                 raise errors.LedgerConflict(f"{pool}/{name}: {key} is not what it was") from error
+
+    def take_lease(self, pool: str, name: str, seconds: float) -> None:
+        try:
+            self._lock(f"take the lease {pool}/{name}", pool, name, lease.LOCK, lease.taking(seconds))
+        except errors.AlreadyThere as error:
+            raise errors.Busy(str(error)) from error
+
+    def renew_lease(self, pool: str, name: str, seconds: float) -> None:
+        try:
+            self._lock(f"renew the lease {pool}/{name}", pool, name, lease.LOCK, lease.renewing(seconds))
+        except (errors.Missing, errors.Busy) as error:
+            raise errors.LeaseLost(str(error)) from error
+
+    def end_lease(self, pool: str, name: str) -> None:
+        with contextlib.suppress(errors.Missing):
+            self._lock(f"end the lease {pool}/{name}", pool, name, lease.UNLOCK, lease.ending())
+
+    def _lock(self, doing: str, pool: str, name: str, method: str, request: bytes) -> None:
+        with _translated(doing), self._pool(pool) as ioctx:
+            ioctx.execute(name, lease.CLASS, method, request)

@@ -59,6 +59,20 @@ def _version() -> str:
         return "(not installed)"
 
 
+def configuration(options: argparse.Namespace) -> tuple[Any, conf.Settings]:
+    """nova.conf, whole and as settings.
+
+    :param options: of the command line.
+    :raises conf.BadOption: it cannot be used.
+    """
+    arguments = [word for file in options.config_file for word in ("--config-file", file)]
+    arguments += [word for folder in options.config_dir for word in ("--config-dir", folder)]
+    nova_conf = conf.load(arguments)
+    if not (nova_conf.config_file or nova_conf.config_dir):
+        raise conf.BadOption("no configuration of nova-compute was found; name it with --config-file")
+    return nova_conf, conf.Settings.read(nova_conf)
+
+
 class Command(lister.Lister):
     """Something to do, answered by a table, or by what ``-f`` asks for.
 
@@ -108,19 +122,13 @@ class Command(lister.Lister):
         """Do it, and tell, in :attr:`columns`."""
         raise NotImplementedError
 
+    def configuration(self) -> tuple[Any, conf.Settings]:
+        """As :func:`configuration`."""
+        return configuration(self.app_args)
+
     def stays(self) -> None:
         """Note that something that was to go stays."""
         self._stays = True
-
-    def configuration(self) -> tuple[Any, conf.Settings]:
-        """nova.conf, whole and as settings. :raises conf.BadOption: it cannot be used."""
-        options = self.app_args
-        arguments = [word for file in options.config_file for word in ("--config-file", file)]
-        arguments += [word for folder in options.config_dir for word in ("--config-dir", folder)]
-        nova_conf = conf.load(arguments)
-        if not (nova_conf.config_file or nova_conf.config_dir):
-            raise conf.BadOption("no configuration of nova-compute was found; name it with --config-file")
-        return nova_conf, conf.Settings.read(nova_conf)
 
 
 def _sentence(error: Exception) -> str:

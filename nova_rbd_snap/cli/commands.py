@@ -13,7 +13,8 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from nova_rbd_snap import errors
+from nova_rbd_snap import conf, errors
+from nova_rbd_snap.cli import images
 from nova_rbd_snap.cli.app import Cell, Command
 from nova_rbd_snap.cli.machine import LocalMachine
 from nova_rbd_snap.engine import wiring
@@ -120,7 +121,8 @@ class JobReclaim(Command):
     """End jobs whose nova-compute will not come back: finish or undo them, as Glance's record says.
 
     Exactly the client that worked on a job is cut off from the cluster first, so name none that is still at work. A job
-    that stays is given back to its nova-compute: name it again once its reason is gone.
+    that stays is given back to its nova-compute: name it again once its reason is gone. A flatten, or a purge, is put
+    back in the queue, to be done at once.
     """
 
     columns = ("ID", "Action", "Why")
@@ -138,20 +140,29 @@ class JobReclaim(Command):
     def rows(self, parsed_args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
         nova_conf, settings = self.configuration()
         wiring.need_bindings()
-        cloud = wiring.cloud(nova_conf) if parsed_args.cloud is None else parsed_args.cloud
+        cloud = conf.cloud(nova_conf) if parsed_args.cloud is None else parsed_args.cloud
         operator = f"operator:{socket.gethostname()}"
         owner = functools.partial(Owner, operator, _NO_MACHINE, str(uuid.uuid4()), cloud=cloud)
         engine = wiring.engine(nova_conf, settings, owner)
         for job_id in dict.fromkeys(parsed_args.ids):
             try:
-                engine.end(job_id)
+                became = engine.end(job_id)
             except errors.Unreachable:
                 raise  # so is the next one's
             except errors.SnapError as error:  # the next one may fare better
                 self.stays()
                 yield job_id, "none" if isinstance(error, errors.NoRecord) else "kept", error.report()
             else:
-                yield job_id, "ended", ""
+                yield job_id, became, ""
 
 
-COMMANDS = {"sweep": Sweep, "job list": JobList, "job reclaim": JobReclaim}
+COMMANDS: dict[str, Any] = {
+    "sweep": Sweep,
+    "job list": JobList,
+    "job reclaim": JobReclaim,
+    "image list": images.ImageList,
+    "image flatten": images.ImageFlatten,
+    "trash list": images.TrashList,
+    "trash purge": images.TrashPurge,
+    "worker": images.Worker,
+}

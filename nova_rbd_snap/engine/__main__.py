@@ -25,7 +25,7 @@ def _build(server: Server, config: list[str]) -> Engine:
     nova_conf = conf.load(config)
     settings = conf.Settings.read(nova_conf)
     owner = functools.partial(
-        Owner, hello["host"], hello["machine"], hello["incarnation"], cloud=wiring.cloud(nova_conf)
+        Owner, hello["host"], hello["machine"], hello["incarnation"], cloud=conf.cloud(nova_conf)
     )
     return wiring.engine(nova_conf, settings, owner, hello["held"])
 
@@ -58,7 +58,7 @@ def main() -> None:
     # Ctrl-C reaches the whole process group; nova-compute ends, and the end of the socket ends this one in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     server.send({"version": wire.VERSION})
-    threading.Thread(target=engine.keep_reclaiming, name="reclaim", daemon=True).start()
+    engine.start_own_work()
     server.serve(engine)
 
 

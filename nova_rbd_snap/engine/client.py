@@ -198,9 +198,11 @@ class EngineClient:
     def describe(self, disk: str) -> dict[str, Any]:
         return dict(self._call("describe", disk=disk))
 
-    def reserve_clone(self, image_id: str, disk: str, dest_pool: str) -> str:
+    def reserve_clone(self, image_id: str, disk: str, dest_pool: str, flatten: Optional[str] = None) -> str:
         with self._reserving(image_id):
-            return str(self._call("reserve_clone", image_id=image_id, disk=disk, dest_pool=dest_pool))
+            return str(
+                self._call("reserve_clone", image_id=image_id, disk=disk, dest_pool=dest_pool, flatten=flatten)
+            )
 
     def reserve_freeze(self, job_id: str, disk: str) -> str:
         with self._reserving(job_id):
@@ -209,6 +211,10 @@ class EngineClient:
     def perform(self, job_id: str, snap_before: Optional[float], report: Report) -> None:
         with self._holding(job_id):
             self._call("perform", report, job_id=job_id, snap_before=snap_before)
+
+    def make_flat(self, image_id: str, report: Report) -> bool:
+        with self._holding(image_id):
+            return bool(self._call("make_flat", report, image_id=image_id))
 
     def finish(self, image_id: str) -> None:
         self._leave(image_id)

@@ -41,6 +41,7 @@ _CALLS = {
     "reserve_clone": False,
     "reserve_freeze": False,
     "perform": True,
+    "make_flat": True,
     "finish": False,
     "rollback": True,
     "leave": False,

@@ -7,10 +7,11 @@ Thread-safe; each call blocks until it is done. Arguments and results are plain 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Callable, Optional, TypeVar
 
@@ -18,15 +19,37 @@ from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster, ImageInfo
 from nova_rbd_snap.conf import Settings
 from nova_rbd_snap.engine import Report, unheard
-from nova_rbd_snap.janitor import disks, jobs
-from nova_rbd_snap.ledger.job import CLONE, FREEZE, Job, Owner
+from nova_rbd_snap.flatten.bounds import policy_within
+from nova_rbd_snap.flatten.queue import queue_oldest
+from nova_rbd_snap.flatten.task import Flattening
+from nova_rbd_snap.janitor import disks, jobs, parents, purge
+from nova_rbd_snap.ledger.job import (
+    AT_WORK,
+    BACKGROUND_KINDS,
+    CLONE,
+    FLATTEN,
+    FREEZE,
+    INLINE,
+    PURGE,
+    QUEUED,
+    Job,
+    Owner,
+)
 from nova_rbd_snap.ledger.store import OBJECT, Ledger
 from nova_rbd_snap.snapshot import saga, steps
 from nova_rbd_snap.specs import ImageSpec
+from nova_rbd_snap.workers import worker
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
+#: A lease lasts for so many operation timeouts: one for its renewal, and as much again for what else is slow.
+_LEASE_FACTOR = 2
+#: The lease of looking for what waits for clones that are gone, and how long it keeps others from looking as well: each
+#: opens all the disks in the pool.
+_PARENTS_LEASE, _PARENTS_SECONDS = "nova_rbd_snap.parents", 3600
+#: How long it is believed that Glance takes no image that is not flat, once it did not take one.
+_READERS_SECONDS = 3600
 #: Seconds between two looks at whether work that is waited for goes on.
 _LOOK_SECONDS = 1.0
 
@@ -54,6 +77,7 @@ class Engine:
         *,
         held: Iterable[str] = (),
         connect: Callable[[], Cluster],
+        connect_to_work: Optional[Callable[[], Cluster]] = None,
         images: jobs.Images,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -61,14 +85,20 @@ class Engine:
         :param owner: the owner of this engine's jobs, given the address of its client.
         :param held: ids of the jobs of the same nova-compute's earlier engine, which it still has the say about.
         :param connect: makes a new connection to the cluster.
+        :param connect_to_work: the same for work in the background, which leaves others more room.
         :param images: Glance, asked with the service's own credentials.
         """
         self._settings = settings
         self._owner = owner
         self._connect = connect
+        self._connect_to_work = connect_to_work or connect
         self._images = images
         self._clock = clock
         self._state = threading.Condition()
+        #: Until when nothing that is not flat is registered, by the monotonic clock.
+        self._flat_until = 0.0
+        self._work_due = threading.Condition()
+        self._working = 0
         self._connecting = threading.Lock()
         self._cluster: Optional[Cluster] = None
         #: When the last attempt to connect failed, and how.
@@ -123,12 +153,13 @@ class Engine:
             "parent_pool": info.parent.image.pool if info.parent else None,
         }
 
-    def reserve_clone(self, image_id: str, disk: str, dest_pool: str) -> str:
+    def reserve_clone(self, image_id: str, disk: str, dest_pool: str, flatten: Optional[str] = None) -> str:
         """Write down that the server's disk is to be cloned into Glance's pool as *image_id*; :meth:`perform` does it.
 
         From now on nova-compute has the say about the job, until :meth:`perform` fails, or it says :meth:`finish`,
         :meth:`rollback` or :meth:`leave`.
 
+        :param flatten: one of ``ledger.job.POLICIES``, instead of the configured one.
         :returns: the location's URL.
         :raises errors.Refused: the disk or the destination cannot be cloned; nothing was changed.
         """
@@ -144,7 +175,8 @@ class Engine:
             if cluster.exists(dest):
                 raise errors.AlreadyThere(f"{dest} exists already and is left alone")
             data_pool = self._data_pool(cluster, dest, info)
-            job = self._job(cluster, image_id, CLONE, source, dest=dest, data_pool=data_pool)
+            policy = self._policy(cluster, source, info, flatten or self._settings.flatten)
+            job = self._job(cluster, image_id, CLONE, source, dest=dest, data_pool=data_pool, flatten=policy)
             location = jobs.location(job, saga.Run(cluster))  # asked first: once the job is reserved nothing may fail
             self._reserve(cluster, job)
             return location
@@ -203,6 +235,32 @@ class Engine:
                 self._undo_anew(job.id, error, run.cluster)
             raise
 
+    def make_flat(self, image_id: str, report: Report) -> bool:
+        """Flatten an image that is ready, for Glance does not take it as it is; nor are others, for a while.
+
+        :returns: False where it is flat, and Glance has something else against it.
+        :raises errors.SnapError: it could not be; nova-compute still has the say.
+        """
+        with self._connection() as cluster, self._at_work(image_id) as work:
+            ledger = self._ledger(cluster)
+            job = self._adopt(ledger.load(image_id), cluster)
+            if job.flatten == INLINE:
+                return False
+            LOG.warning(
+                "Snapshots are flattened before they are registered, for %d minutes: Glance could not take image %s as "
+                "it is; as a rule its Ceph user lacks 'profile rbd-read-only' on pool %s",
+                _READERS_SECONDS / 60, image_id, job.disk.pool,
+            )
+            self._flat_until = time.monotonic() + _READERS_SECONDS
+
+            def note(step: str, done: int, total: int) -> None:
+                work.moved = time.monotonic()
+                report(step, done, total)
+
+            run = saga.Run(cluster, note, cancelled=lambda: self._stopping)
+            ledger.advance(job, flatten=INLINE, **steps.Flatten().do(job, run))
+            return True
+
     def finish(self, image_id: str) -> None:
         """The image is registered and active: as a rule nothing but its job is left to remove.
 
@@ -210,7 +268,17 @@ class Engine:
         """
         with self._leaving(image_id), self._connection() as cluster:
             ledger = self._ledger(cluster)
-            jobs.finish(self._adopt(ledger.load(image_id), cluster), ledger, saga.Run(cluster))
+            job = self._adopt(ledger.load(image_id), cluster)
+            jobs.finish(job, ledger, saga.Run(cluster))
+            if job.flatten != INLINE:
+                self._relieve(job, cluster, ledger)
+        self._look_for_work()
+
+    def _relieve(self, job: Job, cluster: Cluster, ledger: Ledger) -> None:
+        """See that a disk with many snapshots gets fewer."""
+        with contextlib.suppress(errors.Missing):  # the server is deleted
+            if cluster.lookup(job.disk).snap_count > self._settings.bounds.snapshots_soft:
+                queue_oldest(job.disk, cluster, ledger, job.owner, self._clock())
 
     def rollback(self, job_id: str, report: Report = unheard) -> bool:
         """Undo all of the job, whichever engine of this nova-compute did it; False where there is no such job.
@@ -288,12 +356,29 @@ class Engine:
         :returns: what is left of them and why, as sentences.
         """
         with self._connection() as cluster:
-            at_work = {job.id for job in self._ledger(cluster).read().jobs if self._is_mine(job)}
-            return disks.remove_all(self._settings.pool, server, saga.Run(cluster, report), at_work)
+            ledger, run = self._ledger(cluster), saga.Run(cluster, report)
+            at_work = {job.id for job in ledger.read().jobs if self._is_mine(job) and not steps.lets_go(job)}
+            discard: disks.Discard = functools.partial(disks.remove_now, run)
+            if self._settings.delete == "trash":
+                discard = functools.partial(self._trash, cluster, ledger, discard)
+            left = disks.remove_all(self._settings.pool, server, run, discard, at_work)
+        self._look_for_work()
+        return left
 
-    def end(self, job_id: str) -> None:
+    def _trash(self, cluster: Cluster, ledger: Ledger, instead: disks.Discard, disk: ImageSpec) -> Iterable[str]:
+        """Have the disk removed in the background; what is half-made is removed at once."""
+        try:
+            purge.trash(disk, cluster, ledger, self._owner(cluster.address()), self._clock())
+        except errors.Missing:
+            return instead(disk)
+        return ()
+
+    def end(self, job_id: str) -> str:
         """End a job on an operator's word, whoever's it is: exactly the client that worked on it is cut off first.
 
+        One that any worker may do is queued anew, to be done at once.
+
+        :returns: what became of it: ended or queued.
         :raises errors.NoRecord: there is no such job.
         :raises errors.Refused: it is another cloud's, and this one's Glance knows nothing of its image.
         :raises errors.InDoubt: as :func:`nova_rbd_snap.janitor.jobs.conclude`, as what follows.
@@ -303,6 +388,11 @@ class Engine:
             ledger = self._ledger(cluster)
             theirs = ledger.load(job_id)
             self._refuse_another_clouds(theirs)
+            if theirs.kind in BACKGROUND_KINDS:
+                if theirs.step == AT_WORK:
+                    self._cut_off(theirs, cluster)
+                ledger.advance(theirs, step=QUEUED, attempts=0, not_before=0.0)
+                return "queued"
             job = self._take_over(theirs, cluster)
             try:
                 jobs.conclude(job, ledger, saga.Run(cluster), self._images)
@@ -311,6 +401,15 @@ class Engine:
                 with contextlib.suppress(errors.SnapError):
                     ledger.advance(ledger.load(job_id), owner=theirs.owner)
                 raise
+        return "ended"
+
+    # -- what nobody calls for -----------------------------------------------------------------------------------
+
+    def start_own_work(self) -> None:
+        """Start, in the background, :meth:`keep_reclaiming`, and :meth:`keep_working` as configured."""
+        threading.Thread(target=self.keep_reclaiming, name="reclaim", daemon=True).start()
+        for kind in (PURGE, *[FLATTEN] * self._settings.flatten_workers):
+            threading.Thread(target=self.keep_working, args=[kind], name=kind, daemon=True).start()
 
     # -- what earlier work left ----------------------------------------------------------------------------------
 
@@ -327,7 +426,7 @@ class Engine:
         self._told.pop("the ledger", None)
         for key, text in found.strange.items():
             self._tell(f"record {key}", f"left alone: {text}")
-        for job, failure in self._in_turn(found.jobs, self._reclaim):
+        for job, failure in self._in_turn(_requests(found.jobs), self._reclaim):
             self._tell(f"job {job.id}", f"stays in the ledger: {failure.report()}")
 
     def _in_turn(
@@ -352,8 +451,22 @@ class Engine:
         """:meth:`reclaim` now and again until the engine is stopped, so that what heals is cleared away by itself."""
         while not self._stopping:
             self.reclaim()
+            self._clear_parents()
             with self._state:
                 self._state.wait_for(lambda: self._stopping, self._settings.reclaim_interval)
+
+    def _clear_parents(self) -> None:
+        """Remove what waits for clones that are gone; a single engine of all does, once in a while."""
+        pool = self._settings.pool
+        try:
+            with self._connection() as cluster, contextlib.suppress(errors.Busy):
+                cluster.take_lease(pool, _PARENTS_LEASE, _PARENTS_SECONDS)
+                for what in parents.clear(cluster, pool, self._clock()):
+                    LOG.info("Removed %s: nothing depended on it any more", what)
+        except Exception as error:  # it is tried again
+            self._tell("what waits for clones", f"it is not cleared away now: {errors.known(error).report()}")
+        else:
+            self._told.pop("what waits for clones", None)
 
     def _reclaim(self, job: Job, images: jobs.Images) -> Optional[errors.SnapError]:
         """End the job if it is to be ended; returns why it stays although it is."""
@@ -388,6 +501,53 @@ class Engine:
             LOG.warning("%s: %s", what.capitalize(), text)
         self._told[what] = text
 
+    # -- work that any host may do --------------------------------------------------------------------------------
+
+    def keep_working(self, *kinds: str) -> None:
+        """Do what is queued in the ledger, one job at a time, until the engine is stopped.
+
+        :param kinds: of jobs, out of ``ledger.job.BACKGROUND_KINDS``, the most urgent first.
+        """
+        with self._state:
+            self._working += 1
+        try:
+            worker.keep_working(
+                lambda: self._is_work_due(kinds), lambda: self._worker(kinds), lambda: self._stopping, self._await_work
+            )
+        finally:
+            with self._state:
+                self._working -= 1
+                self._state.notify_all()
+
+    def _is_work_due(self, kinds: Sequence[str]) -> bool:
+        def look(cluster: Cluster) -> bool:
+            cloud, now = self._owner(cluster.address()).cloud, self._clock()
+            return any(worker.is_due(job, kinds, cloud, now) for job in self._ledger(cluster).read().jobs)
+
+        return self._ask(look)
+
+    def _worker(self, kinds: Sequence[str]) -> worker.Worker:
+        cluster = self._connect_to_work()
+        tasks: dict[str, worker.Task] = {FLATTEN: Flattening(cluster, self._images), PURGE: purge.Purge(cluster)}
+        return worker.Worker(
+            cluster,
+            self._settings.pool,
+            self._owner(cluster.address()),
+            [tasks[kind] for kind in kinds],
+            limit=self._settings.flatten_limit,
+            lease_seconds=_LEASE_FACTOR * self._settings.operation_timeout,
+            clock=self._clock,
+        )
+
+    def _await_work(self) -> None:
+        with self._work_due:
+            if not self._stopping:
+                self._work_due.wait(self._settings.reclaim_interval)
+
+    def _look_for_work(self) -> None:
+        with self._work_due:
+            self._work_due.notify_all()
+
     # -- the engine's own end ------------------------------------------------------------------------------------
 
     def stop(self, timeout_seconds: Optional[float] = None) -> None:
@@ -397,7 +557,9 @@ class Engine:
             for work in self._busy.values():
                 work.cancelled.set()
             self._state.notify_all()
-            self._state.wait_for(lambda: not self._busy, timeout_seconds)
+        self._look_for_work()
+        with self._state:
+            self._state.wait_for(lambda: not self._busy and not self._working, timeout_seconds)
 
     def orphan(self) -> None:
         """nova-compute is gone: nobody but us looks after the image records of its requests. :meth:`settle` does."""
@@ -413,9 +575,8 @@ class Engine:
 
         Not what another engine has taken over meanwhile: there is a new nova-compute, and it knows better.
         """
-        ours = [
-            job for job in self._ask(lambda cluster: self._ledger(cluster).read()).jobs if self._is_of_this_life(job)
-        ]
+        found = self._ask(lambda cluster: self._ledger(cluster).read()).jobs
+        ours = [job for job in _requests(found) if self._is_of_this_life(job)]
         for job, failure in self._in_turn(ours, self._settle):
             LOG.warning("Job %s stays in the ledger: %s", job.id, failure.report())
 
@@ -585,15 +746,26 @@ class Engine:
             return job
         is_at_rest = job.step == saga.RECORD or bool(job.failures)
         if not is_at_rest and job.owner.client not in (us.client, *self._fenced):
-            LOG.log(
-                logging.INFO if self._is_mine(job) else logging.WARNING,
-                "Job %s of host %s is taken over: the client %s of its engine is blocklisted for a day; no guest is",
-                job.id, job.owner.host, job.owner.client,
-            )
-            cluster.fence(job.owner.client)
-            self._fenced.add(job.owner.client)
+            self._cut_off(job, cluster)
         orphaned = job.orphaned or not self._is_of_this_life(job)
         return self._ledger(cluster).advance(job, owner=us, orphaned=orphaned)
+
+    def _cut_off(self, job: Job, cluster: Cluster) -> None:
+        """Blocklist the client that works, or worked, on the job."""
+        LOG.log(
+            logging.INFO if self._is_mine(job) else logging.WARNING,
+            "Job %s of host %s is taken over: the client %s of its engine is blocklisted for a day; no guest is",
+            job.id, job.owner.host, job.owner.client,
+        )
+        cluster.fence(job.owner.client)
+        self._fenced.add(job.owner.client)
+
+    def _policy(self, cluster: Cluster, disk: ImageSpec, info: ImageInfo, wanted: str) -> str:
+        """When the clone is flattened; in format 1 it would keep its server from being deleted until then."""
+        if wanted == INLINE or self._settings.clone_format == 1 or time.monotonic() < self._flat_until:
+            return INLINE
+        depth = 1 + len(cluster.ancestors(disk))
+        return policy_within(self._settings.bounds, wanted, depth, info.snap_count)
 
     def _data_pool(self, cluster: Cluster, dest: ImageSpec, disk: ImageInfo) -> Optional[str]:
         if self._settings.glance_data_pool:
@@ -602,6 +774,11 @@ class Engine:
             with contextlib.suppress(errors.Missing):  # Glance may have moved the base image to the trash
                 return cluster.lookup(disk.parent.image).data_pool
         return cluster.usual_data_pool(dest.pool)
+
+
+def _requests(jobs_found: Iterable[Job]) -> Iterator[Job]:
+    """The jobs that somebody asked a snapshot with; the others are their workers'."""
+    return (job for job in jobs_found if job.kind not in BACKGROUND_KINDS)
 
 
 def _refuse_uncloneable(disk: ImageSpec, info: ImageInfo) -> None:

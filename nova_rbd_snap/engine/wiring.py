@@ -6,14 +6,16 @@ librados and librbd are imported when they are needed, keystone's and Glance's c
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster
 from nova_rbd_snap.conf import Settings
 from nova_rbd_snap.engine.service import Engine
+from nova_rbd_snap.janitor.jobs import Images
 from nova_rbd_snap.ledger.job import Owner
 
 if TYPE_CHECKING:
@@ -33,8 +35,12 @@ def need_bindings() -> None:
     del rados, rbd
 
 
-def connect(settings: Settings) -> Cluster:
-    """A new connection to the cluster, as nova-compute's Ceph user."""
+#: How many objects a flatten in the background copies at once, so that what somebody waits for goes first.
+_FLATTEN_OBJECTS = 4
+
+
+def connect(settings: Settings, objects_at_once: Optional[int] = None) -> Cluster:
+    """A new connection to the cluster, as nova-compute's Ceph user; see :class:`LibrbdCluster`."""
     from nova_rbd_snap.ceph.librbd import LibrbdCluster
 
     return LibrbdCluster(
@@ -42,6 +48,7 @@ def connect(settings: Settings) -> Cluster:
         user=settings.ceph_user,
         timeout_seconds=settings.operation_timeout,
         clone_format=settings.clone_format,
+        objects_at_once=objects_at_once,
     )
 
 
@@ -52,21 +59,32 @@ def glance(nova_conf: Any, settings: Settings) -> Glance:
     return keystone.glance_as_service(nova_conf, settings)
 
 
-def cloud(nova_conf: Any) -> str:
-    """See :attr:`nova_rbd_snap.ledger.job.Owner.cloud`."""
-    from nova_rbd_snap.openstack import keystone
+class _Images:
+    """See :class:`nova_rbd_snap.janitor.jobs.Images`; nothing that it takes is imported before the first question."""
 
-    return keystone.cloud(nova_conf)
+    def __init__(self, nova_conf: Any, settings: Settings) -> None:
+        self._nova_conf, self._settings = nova_conf, settings
+
+    @functools.cached_property
+    def _images(self) -> Images:
+        from nova_rbd_snap.openstack import registration
+
+        return registration.Images(lambda: glance(self._nova_conf, self._settings), self._settings.operation_timeout)
+
+    def uses(self, image_id: str, url: str) -> Optional[bool]:
+        return self._images.uses(image_id, url)
+
+    def settle(self, image_id: str, url: str, server: str) -> Optional[bool]:
+        return self._images.settle(image_id, url, server)
 
 
 def engine(nova_conf: Any, settings: Settings, owner: Callable[[str], Owner], held: Iterable[str] = ()) -> Engine:
     """An engine for *owner*; see :class:`Engine`."""
-    from nova_rbd_snap.openstack import registration
-
     return Engine(
         settings,
         owner,
         held=held,
         connect=lambda: connect(settings),
-        images=registration.Images(lambda: glance(nova_conf, settings), settings.operation_timeout),
+        connect_to_work=lambda: connect(settings, _FLATTEN_OBJECTS),
+        images=_Images(nova_conf, settings),
     )

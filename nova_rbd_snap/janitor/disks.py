@@ -2,14 +2,16 @@
 """Remove the disks of a server that is being deleted.
 
 What nobody needs is removed with them: our snapshots, whoever's job they were, and those that stock Nova leaves behind.
-What somebody else needs keeps the disk, and is told.
+A disk that images depend on goes to the trash, and from there with the last of them. What somebody else needs keeps the
+disk, and is told.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
+from typing import Callable
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import SnapInfo
@@ -24,7 +26,11 @@ STOCK_SNAP = re.compile(r"[0-9a-f]{32}")
 _RESIZE_SNAP = "nova-resize"
 
 
-def remove_all(pool: str, server: str, run: Run, at_work: Container[str] = ()) -> list[str]:
+#: Gets rid of a disk that nothing depends on; returns what is left of it and why, as sentences.
+Discard = Callable[[ImageSpec], Iterable[str]]
+
+
+def remove_all(pool: str, server: str, run: Run, discard: Discard, at_work: Container[str] = ()) -> list[str]:
     """Remove every disk of the server; returns what is left of them and why, as sentences.
 
     :param server: uuid, which the names of its disks, and of no other's, begin with.
@@ -36,7 +42,7 @@ def remove_all(pool: str, server: str, run: Run, at_work: Container[str] = ()) -
     for name in run.cluster.images(pool):
         if name.startswith(f"{server}_"):
             try:
-                left += _remove(ImageSpec(pool, name), run, at_work)
+                left += _remove(ImageSpec(pool, name), run, discard, at_work)
             except errors.Missing:
                 continue  # somebody else removed it
             except (errors.Unreachable, errors.StillAtWork):
@@ -46,12 +52,19 @@ def remove_all(pool: str, server: str, run: Run, at_work: Container[str] = ()) -
     return left
 
 
-def _remove(disk: ImageSpec, run: Run, at_work: Container[str]) -> Iterator[str]:
+def _remove(disk: ImageSpec, run: Run, discard: Discard, at_work: Container[str]) -> Iterator[str]:
     run.report(f"remove {disk.name}", 0, 0)
     holders = [text for snap in _snaps(disk, run) for text in _free(disk, snap, run, at_work)]
     if holders:
         yield f"{disk} stays until these are removed: {', '.join(holders)}"
-        return
+    elif _snaps(disk, run):  # of librbd's trash, with images that depend on them
+        yield from remove_now(run, disk)
+    else:
+        yield from discard(disk)
+
+
+def remove_now(run: Run, disk: ImageSpec) -> Iterator[str]:
+    """Remove a disk, as soon as nobody has it open; with images that depend on it librbd moves it to the trash."""
     try:
         doing = f"remove {disk.name}"
         on_progress = functools.partial(run.report, doing)
@@ -79,7 +92,9 @@ def _free(disk: ImageSpec, snap: SnapInfo, run: Run, at_work: Container[str]) ->
         return  # gone meanwhile
     if children and snap.name.removeprefix(SNAP_PREFIX) in at_work:
         raise errors.StillAtWork(f"{disk} cannot be removed yet, for job {children[0].name} does not let go of it")
-    if children:
+    if children and snap.trashed:
+        return  # it goes by itself with the last of them, and so does the disk
+    if children and not _is_ours(snap.name):
         yield f"snapshot {snap.name} with its clones {', '.join(map(str, children))}"
     elif snap.trashed or _is_nobodys(snap.name):
         steps.remove_snap(disk.snap(snap.name), snap, run)
@@ -87,5 +102,9 @@ def _free(disk: ImageSpec, snap: SnapInfo, run: Run, at_work: Container[str]) ->
         yield f"snapshot {snap.name}"
 
 
+def _is_ours(name: str) -> bool:
+    return name.startswith(SNAP_PREFIX)
+
+
 def _is_nobodys(name: str) -> bool:
-    return name == _RESIZE_SNAP or name.startswith(SNAP_PREFIX) or bool(STOCK_SNAP.fullmatch(name))
+    return name == _RESIZE_SNAP or _is_ours(name) or bool(STOCK_SNAP.fullmatch(name))

@@ -15,22 +15,44 @@ from nova_rbd_snap.specs import UUID, ImageSpec, SnapSpec, client_address
 #: Version of the record's format. A record of a newer one is kept and never touched.
 VERSION = 1
 
-#: Kinds of job: a clone that becomes a Glance image; a frozen snapshot that Nova's full copy reads.
+#: Kinds of job: a clone that becomes a Glance image; a frozen snapshot that Nova's full copy reads; a clone that is a
+#: Glance image already, and is to be flattened; the disk of a deleted server, in the trash.
 CLONE = "clone"
 FREEZE = "freeze"
+FLATTEN = "flatten"
+PURGE = "purge"
+
+#: Those that any worker may do; the others are those of a snapshot request.
+BACKGROUND_KINDS = PURGE, FLATTEN
+
+#: The steps of a job that any worker may do.
+QUEUED, AT_WORK = "queued", "at work"
+
+#: When a clone's link to the server's disk is cut: before it becomes an image; soon after that; not by us.
+POLICIES = INLINE, BACKGROUND, NEVER = "inline", "background", "never"
 
 #: What the names of our snapshots of disks begin with.
 SNAP_PREFIX = "nova-rbd-snap-"
 
-#: What an id of each kind looks like, the Glance image's id being the group: a clone bears it as its name, so a record
+#: What an id of each kind looks like, the image's id being the group: a clone bears it as its name, so a record
 #: can name nothing for removal that is not named like an image; and what a server's disk looks like.
-_IDS = {CLONE: re.compile(f"({UUID})"), FREEZE: re.compile(f"({UUID})-copy")}
+_IDS = {
+    CLONE: re.compile(f"({UUID})"),
+    FREEZE: re.compile(f"({UUID})-copy"),
+    FLATTEN: re.compile(f"({UUID})"),
+    PURGE: re.compile("([0-9a-f]+)-purge"),
+}
 _DISK = re.compile(f"{UUID}_[^/@]+")
 
 
 def copy_id(image_id: str) -> str:
     """Id of the freeze that a full copy to the image *image_id* reads."""
     return f"{image_id}-copy"
+
+
+def purge_id(image_id: str) -> str:
+    """Id of the job that removes the rbd image *image_id* from the trash."""
+    return f"{image_id}-purge"
 
 
 @dataclass(frozen=True)
@@ -60,10 +82,15 @@ class Job:
     :ivar generation: grows with each write, so that no two states of a job are the same text.
     :ivar created: seconds since the epoch.
     :ivar snap_id: id of the snapshot of the disk, once known.
+    :ivar flatten: which of :data:`POLICIES` the clone was made by.
     :ivar dest: the clone, also the Glance image's name in Glance's pool. None for a freeze.
     :ivar dest_id: id of the clone. Only set when ``clone`` returned, so the link to the parent was whole.
     :ivar orphaned: the nova-compute that was asked for the image is no more, so nobody else looks after its record.
-    :ivar failures: what could not be undone, for people.
+    :ivar failures: what could not be undone, or done, for people.
+    :ivar slot: number of the lease under which the owner is at work, or was.
+    :ivar percent: how much of it is done.
+    :ivar attempts: how often it has failed.
+    :ivar not_before: when it may be tried again, in seconds since the epoch.
     """
 
     id: str
@@ -73,17 +100,22 @@ class Job:
     disk: ImageSpec
     clone_format: int
     step: str
+    flatten: str = INLINE
     dest: Optional[ImageSpec] = None
     data_pool: Optional[str] = None
     snap_id: Optional[int] = None
     dest_id: Optional[str] = None
     orphaned: bool = False
     failures: tuple[str, ...] = ()
+    slot: int = 0
+    percent: int = 0
+    attempts: int = 0
+    not_before: float = 0.0
     generation: int = 0
 
     @property
     def image_id(self) -> str:
-        """Id of the Glance image that was asked for."""
+        """Id of the Glance image that was asked for; of a purge, of the rbd image that goes."""
         found = _IDS[self.kind].fullmatch(self.id)
         return found[1] if found else self.id
 
@@ -137,7 +169,11 @@ class Job:
             ("pool", self.disk.pool, str),
             ("disk", self.disk.name, str),
             ("generation", self.generation, int),
+            ("slot", self.slot, int),
+            ("percent", self.percent, int),
+            ("attempts", self.attempts, int),
             ("created", self.created, (int, float)),
+            ("not_before", self.not_before, (int, float)),
             ("orphaned", self.orphaned, bool),
             ("snap_id", self.snap_id, (int, type(None))),
             ("dest_id", self.dest_id, (str, type(None))),
@@ -145,15 +181,18 @@ class Job:
         ):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} is {value!r}")
-        if not math.isfinite(self.created):
-            raise ValueError(f"created at {self.created!r}")
+        for moment in (self.created, self.not_before):
+            if not math.isfinite(moment):
+                raise ValueError(f"at {moment!r}")
         if self.kind not in _IDS or self.clone_format not in (1, 2):
             raise ValueError(f"kind {self.kind!r} in format {self.clone_format!r}")
+        if self.flatten not in POLICIES or (self.flatten != INLINE and self.clone_format != 2):
+            raise ValueError(f"flatten {self.flatten!r} in format {self.clone_format}")
         if not _IDS[self.kind].fullmatch(self.id):
             raise ValueError(f"{self.id!r} is no id of a {self.kind}")
         if not _DISK.fullmatch(self.disk.name):
             raise ValueError(f"{self.disk} is no server's disk")
-        if (self.kind == CLONE) != (self.dest is not None):
+        if (self.kind in (FREEZE, PURGE)) != (self.dest is None):
             raise ValueError(f"a {self.kind} to {self.dest}")
         if self.dest is not None and (self.dest.name != self.id or not isinstance(self.dest.pool, str)):
             raise ValueError(f"{self.dest} is not named like image {self.id}")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Callable, Optional, Protocol
@@ -18,9 +19,10 @@ LOG = logging.getLogger(__name__)
 class Engine(Protocol):
     """An engine: nova-compute's, in a process of its own, or one in this process."""
 
-    def reserve_clone(self, image_id: str, disk: str, dest_pool: str) -> str: ...
+    def reserve_clone(self, image_id: str, disk: str, dest_pool: str, flatten: Optional[str] = None) -> str: ...
     def reserve_freeze(self, job_id: str, disk: str) -> str: ...
     def perform(self, job_id: str, snap_before: Optional[float], report: Report) -> None: ...
+    def make_flat(self, image_id: str, report: Report) -> bool: ...
     def finish(self, image_id: str) -> None: ...
     def rollback(self, job_id: str) -> bool: ...
     def leave(self, job_id: str) -> None: ...
@@ -30,12 +32,15 @@ class Engine(Protocol):
 Perform = Callable[[str], None]
 
 
-def make(engine: Engine, image_id: str, disk: str, dest_pool: str, perform: Perform) -> str:
+def make(
+    engine: Engine, image_id: str, disk: str, dest_pool: str, perform: Perform, *, flatten: Optional[str] = None
+) -> str:
     """Clone *disk* into *dest_pool* as *image_id*; returns the location, which :func:`register` is to be given next.
 
+    :param flatten: as the engine's ``reserve_clone`` takes it.
     :raises errors.SnapError: nothing is left of the attempt but what ``undo_failures`` says.
     """
-    return _take(engine, image_id, lambda: engine.reserve_clone(image_id, disk, dest_pool), perform)
+    return _take(engine, image_id, lambda: engine.reserve_clone(image_id, disk, dest_pool, flatten), perform)
 
 
 def freeze(engine: Engine, job_id: str, disk: str, perform: Perform) -> str:
@@ -77,16 +82,24 @@ def register(
     """Give the clone to the image's record; returns once the image is active.
 
     :raises errors.InDoubt: the record may point at the clone, which is kept, and so is its job.
-    :raises errors.GlanceError: another of its kind: nothing is left of the clone but what ``undo_failures`` says.
+    :raises errors.SnapError: nothing is left of the clone but what ``undo_failures`` says.
     """
     report("register", 0, 0)
+    send = functools.partial(
+        registration.register, glance, image_id, url, properties, timeout_seconds=timeout_seconds
+    )
     try:
-        registration.register(glance, image_id, url, properties, timeout_seconds=timeout_seconds)
+        try:
+            send()
+        except errors.NotRegistered as refusal:
+            if not _make_flat(engine, image_id, refusal, report):
+                raise
+            send()
     except errors.InDoubt:
         _leave(engine, image_id)
         raise
-    except errors.GlanceError as error:
-        error.step = "register"
+    except errors.SnapError as error:
+        error.step = error.step or "register"
         undo(engine, image_id, error)
         raise
     except Exception as error:
@@ -98,6 +111,18 @@ def register(
     except errors.SnapError as error:
         # The image is good; what is left is in the ledger.
         LOG.warning("Image %s is active, but its job stays in the ledger: %s", image_id, error.report())
+
+
+def _make_flat(engine: Engine, image_id: str, refusal: errors.NotRegistered, report: Report) -> bool:
+    """Whether an image that Glance refused was not flat, which may be why, and is now."""
+    try:
+        was_shared = engine.make_flat(image_id, report)
+    except errors.SnapError as error:  # what is in the way of the image is what Glance said
+        LOG.warning("Image %s cannot be flattened at once: %s", image_id, error.report())
+        return False
+    if was_shared:
+        LOG.info("Image %s was not flat, which may be why Glance refused it; it is sent again: %s", image_id, refusal)
+    return was_shared
 
 
 def _leave(engine: Engine, image_id: str) -> None:

@@ -24,7 +24,7 @@ from oslo_log import log as logging
 
 from nova_rbd_snap import conf, errors
 from nova_rbd_snap.ledger.job import copy_id
-from nova_rbd_snap.openstack import clone, imagebackend, images, process
+from nova_rbd_snap.openstack import clone, imagebackend, images, policy, process
 from nova_rbd_snap.openstack.guest import Guest, thaw_all
 from nova_rbd_snap.openstack.ondisks import OnDisks
 
@@ -59,6 +59,8 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
             return False
         for reason in conf.reasons_for_no_clone(CONF):
             LOG.warning("nova-rbd-snap will not clone: %s", reason)
+        for reason in conf.reasons_for_inline(CONF):
+            LOG.warning("nova-rbd-snap flattens at once: %s", reason)
         return True
 
     def init_host(self, host: str) -> None:
@@ -369,7 +371,9 @@ class _Request:
         started = time.monotonic()
         glance = images.glance_for(self.context)
         with self.on_disks.work(self.instance.uuid), self._giving_way():
-            url = self.disk.clone_to_glance(glance, self.image_id, self.instance.image_ref, self._perform)
+            url = self.disk.clone_to_glance(
+                glance, self.image_id, self.instance.image_ref, self._perform, policy.override(self.instance)
+            )
         try:
             self.await_announced()
         except Exception:

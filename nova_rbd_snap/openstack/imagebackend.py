@@ -64,15 +64,21 @@ class Rbd(imagebackend.Rbd):
     _handed_over: Optional[tuple[Glance, str, str]] = None
 
     def clone_to_glance(
-        self, glance: Glance, image_id: str, base_image_id: Optional[str], perform: clone.Perform
+        self,
+        glance: Glance,
+        image_id: str,
+        base_image_id: Optional[str],
+        perform: clone.Perform,
+        flatten: Optional[str] = None,
     ) -> str:
         """Clone the disk into Glance's pool as *image_id*; returns the location to register.
 
+        :param flatten: as the engine's ``reserve_clone`` takes it.
         :raises errors.SnapError: as :func:`nova_rbd_snap.openstack.clone.make`.
         """
         engine = process.engine()
         pool = images.destination_pool(glance, engine.describe(self.rbd_name), base_image_id)
-        return clone.make(engine, image_id, self.rbd_name, pool, perform)
+        return clone.make(engine, image_id, self.rbd_name, pool, perform, flatten=flatten)
 
     def direct_snapshot(
         self, context: Any, snapshot_name: str, image_format: str, image_id: str, base_image_id: Optional[str]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 from keystoneauth1 import exceptions as ksa
@@ -16,19 +15,6 @@ from nova_rbd_snap.openstack.glance import Glance
 
 #: A user without this role does not see other projects' images: to it, "not found" proves nothing.
 _SEES_ALL = "admin"
-
-
-def cloud(conf: Any) -> str:
-    """Keystone's URL and the region as configured, which tell one cloud's Glance from another's; asks nobody.
-
-    Of Placement's section, for nova-compute does not start without it; our own may come, and change, at any time.
-    """
-    _register(conf, "placement")
-    url = ""
-    with contextlib.suppress(ksa.ClientException, cfg.Error, ValueError):  # so nova-compute does not start, either
-        auth = loading.load_auth_from_conf_options(conf, "placement")
-        url = getattr(auth, "auth_url", None) or ""
-    return " ".join(filter(None, (url.rstrip("/"), conf.glance.region_name)))
 
 
 def _register(conf: Any, section: str) -> None:

@@ -46,19 +46,12 @@ def engine() -> EngineClient:
         if _client is None:
             settings = conf.Settings.read(CONF)
             _client = EngineClient(
-                _config_arguments(),
+                conf.arguments(CONF),
                 host=CONF.host,
                 machine=_machine(),
                 patience_seconds=max(_PATIENCE_FACTOR * settings.operation_timeout, _LEAST_PATIENCE_SECONDS),
             )
         return _client
-
-
-def _config_arguments() -> list[str]:
-    """What makes the engine read the configuration that nova-compute read."""
-    files = [argument for name in CONF.config_file or () for argument in ("--config-file", name)]
-    folders = [argument for name in CONF.config_dir or () for argument in ("--config-dir", name)]
-    return files + folders
 
 
 def await_identity() -> None:

@@ -6,6 +6,7 @@ The first error is the one the caller gets; what could not be undone rides along
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
@@ -66,7 +67,20 @@ def perform(job: Job, steps: Sequence[Step], final: str, ledger: Ledger, run: Ru
         could be, and the record is gone unless something is left.
     """
     following = [step.name for step in steps[1:]] + [final]
-    for count, (step, next_name) in enumerate(zip(steps, following), start=1):
+    with contextlib.ExitStack() as opened:
+        if job.dest is not None:
+            opened.enter_context(run.cluster.keep_open(job.dest))
+        return _perform(job, list(zip(steps, following)), ledger, run, opened)
+
+
+def _perform(
+    job: Job, steps: Sequence[tuple[Step, str]], ledger: Ledger, run: Run, opened: contextlib.ExitStack
+) -> Job:
+    """
+    :param steps: each with the name of the one that follows.
+    :param opened: what is closed before anything is undone, for it is in the way.
+    """
+    for count, (step, next_name) in enumerate(steps, start=1):
         try:
             if run.cancelled():
                 raise errors.Cancelled("the snapshot was cancelled")
@@ -76,7 +90,8 @@ def perform(job: Job, steps: Sequence[Step], final: str, ledger: Ledger, run: Ru
             error = errors.known(cause)
             error.step = step.name
             happened = count - 1 if isinstance(error, errors.AlreadyThere) else count
-            failures = undo(job, steps[:happened], run)
+            opened.close()
+            failures = undo(job, [done for done, _ in steps[:happened]], run)
             if not failures and run.orphaned():
                 failures = {RECORD: f"image {job.image_id} may wait for ever for its data"}
             error.undo_failures += close(job, failures, ledger)

@@ -18,7 +18,7 @@ import tenacity
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import SnapInfo
-from nova_rbd_snap.ledger.job import CLONE, FREEZE, Job
+from nova_rbd_snap.ledger.job import BACKGROUND_KINDS, CLONE, FREEZE, INLINE, Job
 from nova_rbd_snap.snapshot.saga import RECORD, Run, Step
 from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, SnapSpec
 
@@ -44,7 +44,8 @@ def when_free(run: Run, doing: str, change: Callable[[ImageSpec], None], image: 
     _when_free.copy(before_sleep=lambda state: run.report(doing, 0, 0))(change, image)
 
 
-def _dest(job: Job) -> ImageSpec:
+def image_of(job: Job) -> ImageSpec:
+    """The rbd image that the job makes, or flattens."""
     if job.dest is None:
         raise errors.LedgerError(f"job {job.id} has no destination")
     return job.dest
@@ -62,7 +63,7 @@ class Snap:
         return {"snap_id": snap_id}
 
     def undo(self, job: Job, run: Run) -> None:
-        _remove_frozen(job, run)
+        remove_frozen(job, run)
 
 
 class Protect:
@@ -84,7 +85,7 @@ class Clone:
     name = "clone"
 
     def do(self, job: Job, run: Run) -> Mapping[str, Any]:
-        dest = _dest(job)
+        dest = image_of(job)
         if run.cluster.exists(dest):
             raise errors.AlreadyThere(f"{dest} exists already and is left alone")
         return {"dest_id": run.cluster.clone(job.snap, dest, job.data_pool)}
@@ -100,7 +101,7 @@ class Clone:
             run.cluster.remove(dest, functools.partial(run.report, "undo clone"))
 
         with contextlib.suppress(errors.Missing):
-            when_free(run, "undo clone", remove, _dest(job))
+            when_free(run, "undo clone", remove, image_of(job))
 
     @staticmethod
     def _is_ours(job: Job, run: Run) -> bool:
@@ -109,7 +110,7 @@ class Clone:
         The name was free just before. A half-made clone cannot be opened, or has neither parent nor
         snapshots (``docs/design/ceph.rst``); an id is known once ``clone`` returned.
         """
-        dest = _dest(job)
+        dest = image_of(job)
         try:
             info = run.cluster.lookup(dest)
         except errors.Missing:
@@ -129,7 +130,7 @@ class Flatten:
             run.report(self.name, done, total)
             return not run.cancelled()
 
-        dest = _dest(job)
+        dest = image_of(job)
         info = run.cluster.flatten(dest, on_progress)
         # "No parent" alone proves nothing of a half-made clone; of this very id the link was seen.
         if info.id != job.dest_id or info.parent is not None or not info.deep_flatten:
@@ -143,13 +144,14 @@ class Flatten:
 class Seal:
     """Give the clone the protected snapshot that Glance's location names, and take the frozen one off the disk.
 
-    Side by side, for both wait for a proposal of the monitors, and it is the same one.
+    Side by side, for both wait for a proposal of the monitors, and it is the same one. While the clone is not flat the
+    frozen snapshot only goes to the trash, and from there with the last clone that depends on it.
     """
 
     name = "seal"
 
     def do(self, job: Job, run: Run) -> Mapping[str, Any]:
-        snap = _dest(job).snap(GLANCE_SNAP)
+        snap = image_of(job).snap(GLANCE_SNAP)
         with ThreadPoolExecutor(max_workers=1) as beside:
             removed = beside.submit(_release, job, run)
             run.cluster.create_snap(snap)
@@ -161,7 +163,7 @@ class Seal:
         return {}
 
     def undo(self, job: Job, run: Run) -> None:
-        dest = _dest(job)
+        dest = image_of(job)
         try:
             if run.cluster.lookup(dest).id != job.dest_id:
                 return  # not ours; undoing Clone reports it
@@ -174,8 +176,13 @@ class Seal:
 
 
 def is_unfinished(job: Job, run: Run) -> bool:
-    """Whether the rbd image under the clone's name is a child of the job's own snapshot, which no other can be."""
-    dest = _dest(job)
+    """Whether the rbd image under the clone's name is a child of the job's own snapshot, and no image yet.
+
+    No other can be such a child; but what is registered before it is flat is one, too.
+    """
+    dest = image_of(job)
+    if job.flatten != INLINE and job.step == READY:
+        return False
     try:
         if run.cluster.lookup(dest).parent == job.snap:
             return True
@@ -190,16 +197,17 @@ def _release(job: Job, run: Run) -> None:
 
     :raises errors.HolderSilent: the guest may be frozen, and would lose its disk.
     """
-    with contextlib.suppress(errors.Missing):  # gone meanwhile
-        run.cluster.ask_holder(job.disk)
-        if job.clone_format == 1:
-            run.cluster.unprotect_snap(job.snap)
-        run.cluster.remove_snap(job.snap)
-    _see_gone(job, run)
+    with run.cluster.keep_open(job.disk):
+        with contextlib.suppress(errors.Missing):  # gone meanwhile
+            run.cluster.ask_holder(job.disk)
+            if job.clone_format == 1:
+                run.cluster.unprotect_snap(job.snap)
+            run.cluster.remove_snap(job.snap)
+        _see_gone(job, run)
 
 
-def _remove_frozen(job: Job, run: Run) -> None:
-    """Remove the snapshot of the disk, as far as there is one.
+def remove_frozen(job: Job, run: Run) -> None:
+    """Remove the snapshot of the disk, as far as there is one, and it waits for no clone.
 
     :raises errors.HolderSilent: the guest may be frozen, and would lose its disk.
     """
@@ -208,13 +216,15 @@ def _remove_frozen(job: Job, run: Run) -> None:
         return
     run.cluster.ask_holder(job.disk)
     for snap in found:
-        remove_snap(job.snap, snap, run)
+        # In the trash it waits for its clone, where that is not flat yet.
+        with contextlib.suppress(errors.Busy) if snap.trashed and job.flatten != INLINE else contextlib.nullcontext():
+            remove_snap(job.snap, snap, run)
     _see_gone(job, run)
 
 
 def _see_gone(job: Job, run: Run) -> None:
     """"Not found" from a removal proves nothing."""
-    if _frozen(job, run):
+    if any(job.flatten == INLINE or not snap.trashed for snap in _frozen(job, run)):
         raise errors.CephError(f"{job.snap} was removed, but is still there")
 
 
@@ -236,22 +246,24 @@ def remove_snap(spec: SnapSpec, snap: SnapInfo, run: Run) -> None:
         return  # gone meanwhile
 
 
-_SEQUENCES: dict[tuple[str, int], Sequence[Step]] = {
-    (CLONE, 2): (Snap(), Clone(), Flatten(), Seal()),
-    (CLONE, 1): (Snap(), Protect(), Clone(), Flatten(), Seal()),
-    (FREEZE, 1): (Snap(),),
-    (FREEZE, 2): (Snap(),),
+#: Those of a clone, by format, and whether it is flattened before it is an image.
+CLONE_STEPS: dict[tuple[int, bool], Sequence[Step]] = {
+    (2, True): (Snap(), Clone(), Flatten(), Seal()),
+    (1, True): (Snap(), Protect(), Clone(), Flatten(), Seal()),
+    (2, False): (Snap(), Clone(), Seal()),
 }
 
 
 def sequence(job: Job) -> Sequence[Step]:
     """The steps of *job*, in order; :data:`READY` follows the last."""
-    return _SEQUENCES[job.kind, job.clone_format]
+    if job.kind == FREEZE:
+        return (Snap(),)
+    return CLONE_STEPS[job.clone_format, job.flatten == INLINE]
 
 
 def lets_go(job: Job) -> bool:
-    """Whether the job needs the disk no more, and nothing of it is there."""
-    return job.step == RECORD or (job.kind, job.step) == (CLONE, READY)
+    """Whether the job needs the disk no more, and nothing of it is there but what goes by itself."""
+    return job.step == RECORD or job.kind in BACKGROUND_KINDS or (job.kind, job.step) == (CLONE, READY)
 
 
 def started(job: Job) -> Sequence[Step]:

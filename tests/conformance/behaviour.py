@@ -90,6 +90,42 @@ class DriverBehaviour(world.ServerCase):
         self.copy.assert_not_called()
         self.assert_nothing_left()
 
+    def test_flavor_or_image_chooses_when_it_is_flattened(self):
+        """The flavor before the image, each where it may; what is no policy is not heeded."""
+        both = ["flavor", "image"]
+        for flavor, image, heeded, is_flat in (
+            (None, None, both, True),
+            ("never", None, both, False),
+            (None, "background", both, False),
+            ("inline", "never", both, True),
+            ("never", "inline", ["image"], True),
+            (None, "never", ["flavor"], True),
+            ("never", "never", [], True),
+            ("sometimes", None, both, True),
+            ("sometimes", "never", both, False),
+        ):
+            self.flags(flatten_overrides=heeded, group="rbd_snap")
+            self.server.flavor.extra_specs = {"rbd_snap:flatten": flavor} if flavor else {}
+            self.server.system_metadata.pop("image_rbd_snap_flatten", None)
+            if image:
+                self.server.system_metadata["image_rbd_snap_flatten"] = image
+            self.image_id = self._create_image()["id"]
+            self._assert_snapshot(self.snapshot(), disk_format="raw")
+            self.assertEqual(is_flat, self.engine.is_flat(self.image_id), (flavor, image, heeded))
+
+    def test_image_that_glance_can_only_read_once_it_is_flat(self):
+        """It is flattened there and then, and so are the next ones; no copy is made, and nothing else is left."""
+        self.glance.reads = self.engine.is_flat
+        self.server.flavor.extra_specs = {"rbd_snap:flatten": "never"}
+        for _ in range(2):
+            image = self.snapshot()
+            self._assert_snapshot(image, disk_format="raw")
+            self.assertTrue(self.engine.is_flat(self.image_id))
+            self.assertEqual(set(), self.engine.jobs)
+            self.glance.reads = lambda image_id: self.assertTrue(self.engine.is_flat(image_id)) or True
+            self.image_id = self._create_image()["id"]
+        self.copy.assert_not_called()
+
     def test_server_that_is_being_shelved(self):
         """Nova removes its disks once the driver returns: it returns when the image is active, and raises otherwise."""
         self.domain.state = fakelibvirt.VIR_DOMAIN_SHUTOFF

@@ -266,6 +266,10 @@ class ObservedEngine:
         snaps = [disk.snap(snap.name) for disk in disks for snap in self._cluster.snaps(disk)]
         return images + [str(snap) for snap in snaps if snap.name.startswith(SNAP_PREFIX)]
 
+    def is_flat(self, image_id):
+        """Whether the image depends on nothing."""
+        return self._cluster.lookup(ImageSpec(GLANCE_POOL, image_id)).parent is None
+
     @property
     def jobs(self):
         """What the ledger holds."""
@@ -291,10 +295,14 @@ class ObservedEngine:
         self._reach("describe")
         return self._engine.describe(disk)
 
-    def reserve_clone(self, image_id, disk, dest_pool):
+    def reserve_clone(self, image_id, disk, dest_pool, flatten=None):
         self.asked.append(image_id)
         self._reach("reserve_clone")
-        return self._engine.reserve_clone(image_id, disk, dest_pool)
+        return self._engine.reserve_clone(image_id, disk, dest_pool, flatten)
+
+    def make_flat(self, image_id, report):
+        self._reach("make_flat")
+        return self._engine.make_flat(image_id, report)
 
     def reserve_freeze(self, job_id, disk):
         self.asked.append(job_id)
@@ -331,11 +339,13 @@ class GlanceInMemory:
     """Our way into the images of Nova's own Glance fixture.
 
     :ivar error: what asking for the location meets; nothing changes then.
+    :ivar reads: whether Glance can read an image of that id, which it must, to take its location.
     """
 
     def __init__(self, service):
         self._images = service.images
         self.error = None
+        self.reads = lambda image_id: True
 
     def _image(self, image_id):
         if image_id not in self._images:
@@ -361,6 +371,8 @@ class GlanceInMemory:
     def post_location(self, image_id, url):
         if self.error:
             raise self.error
+        if not self.reads(image_id):
+            raise errors.NotRegistered("Glance cannot read it")
         self._image(image_id).update(location=url, status="active")
 
     patch_location = post_location

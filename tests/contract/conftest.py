@@ -80,6 +80,9 @@ class World(Protocol):
     def connect_without_fencing(self) -> Cluster:
         """A connection of a user who may do all but blocklist."""
 
+    def connect_reader(self) -> Cluster:
+        """A connection of a user who may write to Glance's pool, and only read Nova's."""
+
     def guest(self, disk: ImageSpec) -> contextlib.AbstractContextManager[Guest]:
         """Let a guest run on *disk*."""
 
@@ -146,8 +149,13 @@ class FakeWorld:
         return stranger
 
     def connect_without_fencing(self) -> Cluster:
+        harmless = self._cluster.another()
+        harmless.may_fence = False
+        return harmless
+
+    def connect_reader(self) -> Cluster:
         reader = self._cluster.another()
-        reader.may_fence = False
+        reader.read_only = {self.vms}
         return reader
 
     @contextlib.contextmanager
@@ -272,7 +280,9 @@ class RealWorld:
         )
         self.mon("osd pool set", pool=self.ec_data, var="allow_ec_overwrites", val="true")
         self._stranger = self._create_user(f"contract-{session}", _CAPS_ELSEWHERE)
-        self._reader = self._create_user(f"contract-{session}-reader", _CAPS_TO_READ_MAPS)
+        self._harmless = self._create_user(f"contract-{session}-harmless", _CAPS_TO_READ_MAPS)
+        read = f"profile rbd pool={self.images}, profile rbd-read-only pool={self.vms}"
+        self._reader = self._create_user(f"contract-{session}-reader", ["mon", "profile rbd", "osd", read])
 
     def mon(self, prefix: str, **more: Any) -> str:
         code, out, text = self._rados.mon_command(json.dumps({"prefix": prefix, **more}), b"")
@@ -312,6 +322,9 @@ class RealWorld:
         return self._connect_as(*self._stranger)
 
     def connect_without_fencing(self) -> Cluster:
+        return self._connect_as(*self._harmless)
+
+    def connect_reader(self) -> Cluster:
         return self._connect_as(*self._reader)
 
     def _connect_as(self, user: str, key: str) -> Cluster:

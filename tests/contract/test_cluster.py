@@ -17,6 +17,7 @@ from nova_rbd_snap.ceph.interface import Cluster
 from nova_rbd_snap.specs import ImageSpec, SnapSpec
 from tests.contract.conftest import World
 from tests.fakes.cluster import BLANK, HALF_MADE, NAME_ONLY, OBJECT_BYTES, UNLISTED
+from tests.waiting import eventually
 
 formats = pytest.mark.parametrize("clone_format", [1, 2])
 WRITTEN = {0: b"zero", 2: b"two"}
@@ -525,7 +526,7 @@ def test_format_2_does_not_mind_protection(cluster: Cluster, dest: ImageSpec, sn
 @pytest.mark.parametrize("end", ["flatten", "remove"])
 def test_trashed_snapshot(world: World, dest: ImageSpec, snap: SnapSpec, end: str, by_id: bool) -> None:
     """Removed while a clone depends on it, it is trashed: its name is free, the clone is whole, it cannot be removed
-    for good, the disk cannot go; and with the clone's link it vanishes by itself."""
+    for good; and with the clone's link it vanishes by itself."""
     cluster, disk = world.connect(), snap.image
     (info,) = cluster.snaps(disk)
     cluster.clone(snap, dest, None)
@@ -546,8 +547,6 @@ def test_trashed_snapshot(world: World, dest: ImageSpec, snap: SnapSpec, end: st
     assert world.content(dest) == WRITTEN
     with pytest.raises(errors.Busy):
         cluster.remove_snap_by_id(disk, info.id)
-    with pytest.raises(errors.HasSnapshots):
-        cluster.remove(disk)
     if end == "flatten":
         cluster.flatten(dest, go_on)
         assert world.content(dest) == WRITTEN
@@ -555,6 +554,135 @@ def test_trashed_snapshot(world: World, dest: ImageSpec, snap: SnapSpec, end: st
         cluster.remove(dest)
     assert cluster.snaps(disk) == []
     cluster.remove(disk)
+
+
+def test_image_that_is_kept_open(world: World, cluster: Cluster, dest: ImageSpec, snap: SnapSpec) -> None:
+    """As if opened anew each time; what others change meanwhile is seen; and it is in nobody's way after that."""
+    other = world.connect()
+    with cluster.keep_open(dest):
+        with pytest.raises(errors.Missing):
+            cluster.lookup(dest)
+        dest_id = cluster.clone(snap, dest, None)
+        assert cluster.lookup(dest).id == dest_id
+        assert cluster.flatten(dest, go_on).parent is None
+        cluster.create_snap(dest.snap("s"))
+        cluster.protect_snap(dest.snap("s"))
+        other.create_snap(dest.snap("theirs"))
+        assert {each.name for each in cluster.snaps(dest)} == {"s", "theirs"}
+        other.remove_snap(dest.snap("theirs"))
+        assert [(each.name, each.protected) for each in cluster.snaps(dest)] == [("s", True)]
+        cluster.ask_holder(dest)
+        cluster.unprotect_snap(dest.snap("s"))
+        cluster.remove_snap(dest.snap("s"))
+        assert cluster.snaps(dest) == []
+    other.remove(dest)
+    with cluster.keep_open(dest):
+        pass
+
+
+@pytest.mark.parametrize("end", ["flatten", "remove", "remove the parent's parent"])
+def test_parent_that_is_removed(
+    world: World, cluster: Cluster, dest: ImageSpec, snap: SnapSpec, end: str
+) -> None:
+    """It is in the trash until no clone depends on it, and nobody gets rid of it before; its name is free, and the
+    clone whole. With the clone's link it goes, and so does a parent of its own that waited for it."""
+    disk, grandchild = snap.image, ImageSpec(dest.pool, f"{dest.name}-grandchild")
+    if end == "remove the parent's parent":
+        cluster.clone(snap, dest, None)
+        cluster.create_snap(dest.snap("s"))
+        cluster.clone(dest.snap("s"), grandchild, None)
+        cluster.remove_snap(dest.snap("s"))
+        cluster.remove_snap(snap)
+        cluster.remove(disk)
+        cluster.remove(dest)
+        last = grandchild
+    else:
+        cluster.clone(snap, dest, None)
+        cluster.remove_snap(snap)
+        cluster.remove(disk)
+        last = dest
+    assert not cluster.exists(disk)
+    (waiting,) = [each for each in cluster.trashed(disk.pool) if each.name == disk.name]
+    assert waiting.is_parent
+    # What is in the trash as well bears its former name.
+    assert cluster.children_of_trashed(disk.pool, waiting.id) == [dest]
+    with pytest.raises(errors.HasSnapshots):
+        cluster.remove_trashed(disk.pool, waiting.id)
+    assert world.content(last) == WRITTEN
+    if end == "flatten":
+        cluster.flatten(last, go_on)
+        assert world.content(last) == WRITTEN
+    else:
+        cluster.remove(last)
+    names = {each.name for pool in (disk.pool, dest.pool) for each in cluster.trashed(pool)}
+    assert names.isdisjoint({disk.name, dest.name})
+
+
+def test_ancestors(world: World, cluster: Cluster, dest: ImageSpec, snap: SnapSpec) -> None:
+    """All that it reads through, nearest first, in the trash or not."""
+    disk, grandchild = snap.image, ImageSpec(dest.pool, f"{dest.name}-grandchild")
+    cluster.clone(snap, dest, None)
+    cluster.create_snap(dest.snap("s"))
+    cluster.clone(dest.snap("s"), grandchild, None)
+    assert cluster.ancestors(grandchild) == [dest, disk]
+    cluster.remove_snap(snap)
+    cluster.remove(disk)
+    world.create(disk)  # another of the same name
+    assert cluster.ancestors(grandchild) == [dest, disk]
+    assert cluster.ancestors(disk) == []
+    with pytest.raises(errors.Missing):
+        cluster.ancestors(ImageSpec(disk.pool, "nothing"))
+
+
+def test_parent_with_a_snapshot_of_its_own(cluster: Cluster, dest: ImageSpec, snap: SnapSpec) -> None:
+    """One that is not trashed keeps it from being removed, clones or not."""
+    cluster.clone(snap, dest, None)
+    with pytest.raises(errors.HasSnapshots):
+        cluster.remove(snap.image)
+    cluster.remove_snap(snap)
+    cluster.create_snap(snap.image.snap("operators"))
+    with pytest.raises(errors.HasSnapshots):
+        cluster.remove(snap.image)
+    assert cluster.exists(snap.image)
+
+
+@pytest.mark.parametrize("is_removed", [True, False])
+def test_reader_that_removes_the_last_clone(
+    world: World, cluster: Cluster, dest: ImageSpec, snap: SnapSpec, is_removed: bool
+) -> None:
+    """Who may only read the parent's pool leaves what waited for that clone; who may write clears it away."""
+    disk, reader = snap.image, world.connect_reader()
+    cluster.clone(snap, dest, None)
+    cluster.remove_snap(snap)
+    if is_removed:
+        cluster.remove(disk)
+    reader.lookup(dest)
+    reader.remove(dest)
+    if is_removed:
+        (left,) = [each for each in cluster.trashed(disk.pool) if each.name == disk.name]
+        cluster.remove_trashed(disk.pool, left.id)
+        with pytest.raises(errors.Missing):
+            cluster.remove_trashed(disk.pool, left.id)
+    else:
+        (found,) = cluster.snaps(disk)
+        assert (found.trashed, cluster.children(disk, found.id)) == (True, [])
+        cluster.remove_snap_by_id(disk, found.id)
+        cluster.remove(disk)
+    assert not cluster.exists(disk)
+    assert disk.name not in {each.name for each in cluster.trashed(disk.pool)}
+
+
+def test_trash_is_listed(cluster: Cluster, disk: ImageSpec) -> None:
+    """With what is known of each, and none in a pool that never had any."""
+    image_id = cluster.lookup(disk).id
+    cluster.trash(disk, 3600)
+    (found,) = [each for each in cluster.trashed(disk.pool) if each.name == disk.name]
+    assert (found.id, found.is_parent) == (image_id, False)
+    assert 3500 < found.kept_until - time.time() < 3700
+    cluster.remove_trashed(disk.pool, image_id)
+    assert image_id not in {each.id for each in cluster.trashed(disk.pool)}
+    with pytest.raises(errors.Missing):
+        cluster.children_of_trashed(disk.pool, image_id)
 
 
 def test_clone_onto_something(world: World, cluster: Cluster, dest: ImageSpec, snap: SnapSpec) -> None:
@@ -771,6 +899,62 @@ def test_omap_race_has_one_winner(world: World, name: str, old: str) -> None:
     assert clusters[0].omap_items(world.vms, name) == {"key": str(won.index(True))}
 
 
+# -- leases --
+
+
+def test_lease(world: World, cluster: Cluster, name: str) -> None:
+    """One client has it, until it gives it back; then another may."""
+    other = world.connect()
+    cluster.take_lease(world.vms, name, 60)
+    for client in (cluster, other):
+        with pytest.raises(errors.Busy):
+            client.take_lease(world.vms, name, 60)
+    cluster.renew_lease(world.vms, name, 60)
+    other.end_lease(world.vms, name)  # not theirs to end
+    with pytest.raises(errors.Busy):
+        other.take_lease(world.vms, name, 60)
+    cluster.end_lease(world.vms, name)
+    cluster.end_lease(world.vms, name)
+    other.take_lease(world.vms, name, 60)
+    with pytest.raises(errors.LeaseLost):
+        cluster.renew_lease(world.vms, name, 60)
+
+
+def test_lease_that_runs_out(world: World, cluster: Cluster, name: str) -> None:
+    """Who does not renew it in time has lost it, and does not get it back unasked, whether or not another took it."""
+    other = world.connect()
+    cluster.take_lease(world.vms, name, 0.25)
+    eventually(lambda: _takes(other, world.vms, name, 60), "the lease runs out", pause=0.05)
+    with pytest.raises(errors.LeaseLost):
+        cluster.renew_lease(world.vms, name, 60)
+    other.renew_lease(world.vms, name, 0.25)
+    eventually(lambda: _has_lost(other, world.vms, name), "the lease runs out", pause=0.5)
+    cluster.take_lease(world.vms, name, 60)
+
+
+def _takes(cluster: Cluster, pool: str, name: str, seconds: float) -> bool:
+    try:
+        cluster.take_lease(pool, name, seconds)
+    except errors.Busy:
+        return False
+    return True
+
+
+def _has_lost(cluster: Cluster, pool: str, name: str) -> bool:
+    try:
+        cluster.renew_lease(pool, name, 0.25)
+    except errors.LeaseLost:
+        return True
+    return False
+
+
+def test_nobody_has_a_lease_that_was_never_taken(world: World, cluster: Cluster, name: str) -> None:
+    """It can be given back, but not renewed."""
+    cluster.end_lease(world.vms, name)
+    with pytest.raises(errors.LeaseLost):
+        cluster.renew_lease(world.vms, name, 60)
+
+
 # -- who may not, and where there is no room --
 
 Act = Callable[[Cluster, SnapSpec, ImageSpec], Any]
@@ -778,6 +962,7 @@ CHANGES: dict[str, Act] = {
     "images": lambda cluster, snap, dest: cluster.images(snap.image.pool),
     "exists": lambda cluster, snap, dest: cluster.exists(snap.image),
     "lookup": lambda cluster, snap, dest: cluster.lookup(snap.image),
+    "ancestors": lambda cluster, snap, dest: cluster.ancestors(snap.image),
     "usual_data_pool": lambda cluster, snap, dest: cluster.usual_data_pool(dest.pool),
     "snaps": lambda cluster, snap, dest: cluster.snaps(snap.image),
     "children": lambda cluster, snap, dest: cluster.children(snap.image, 1),
@@ -791,6 +976,12 @@ CHANGES: dict[str, Act] = {
     "flatten": lambda cluster, snap, dest: cluster.flatten(snap.image, go_on),
     "remove": lambda cluster, snap, dest: cluster.remove(snap.image),
     "trash": lambda cluster, snap, dest: cluster.trash(snap.image, 0),
+    "take_lease": lambda cluster, snap, dest: cluster.take_lease(snap.image.pool, "x", 60),
+    "renew_lease": lambda cluster, snap, dest: cluster.renew_lease(snap.image.pool, "x", 60),
+    "end_lease": lambda cluster, snap, dest: cluster.end_lease(snap.image.pool, "x"),
+    "trashed": lambda cluster, snap, dest: cluster.trashed(snap.image.pool),
+    "children_of_trashed": lambda cluster, snap, dest: cluster.children_of_trashed(snap.image.pool, "1"),
+    "remove_trashed": lambda cluster, snap, dest: cluster.remove_trashed(snap.image.pool, "1"),
     "omap_items": lambda cluster, snap, dest: cluster.omap_items(snap.image.pool, "x"),
     "omap_replace": lambda cluster, snap, dest: cluster.omap_replace(snap.image.pool, "x", "key", None, "new"),
 }

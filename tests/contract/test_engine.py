@@ -13,6 +13,7 @@ from nova_rbd_snap import errors
 from nova_rbd_snap.conf import Settings
 from nova_rbd_snap.engine import unheard
 from nova_rbd_snap.engine.service import Engine, Report
+from nova_rbd_snap.flatten.bounds import Bounds
 from nova_rbd_snap.ledger.job import Owner, copy_id
 from nova_rbd_snap.ledger.store import Ledger
 from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, Location
@@ -32,6 +33,11 @@ def make_engine(world: World, clone_format: int, data_pool: Optional[str] = None
         glance_pool=None,
         glance_data_pool=data_pool,
         clone_format=clone_format,
+        flatten="inline",
+        flatten_workers=1,
+        flatten_limit=4,
+        bounds=Bounds(4, 8, 250, 450),
+        delete="now",
         operation_timeout=60,
         reclaim_interval=60,
         auth_section="service_user",

@@ -401,6 +401,13 @@ class Cloud:
         except AssertionError:
             assert self.picture() == before
 
+    @staticmethod
+    def command(*words: str) -> list[dict[str, Any]]:
+        """What ``nova-rbd-snap`` prints, read from its JSON."""
+        conf = ("--config-file", "/etc/nova/nova.conf", "--config-dir", str(NOVA_CONF.parent))
+        text = run("env", "PYTHONPATH=/src", "python3", "-m", "nova_rbd_snap.cli", *conf, *words, "-f", "json")
+        return list(json.loads(text))
+
     def forget_jobs(self) -> None:
         """Undo by hand what a failed test left, that it may not fail those after it."""
         for job_id in self.ceph.ledger(self.vms):

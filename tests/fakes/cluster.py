@@ -7,9 +7,11 @@ kept as a few bytes per object, so that a test can see which instant a clone sho
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -17,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, NoReturn, Optional, Union
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo, one_client
+from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo, TrashInfo, one_client
 from nova_rbd_snap.specs import ImageSpec, SnapSpec
 
 #: Size of one object of an rbd image; content is kept per object.
@@ -68,6 +70,9 @@ class _Image:
     half: Optional[str] = None
     # How many attempts to remove it find it open somewhere.
     busy: float = 0
+    # In the trash until nothing depends on it.
+    is_parent_in_trash: bool = False
+    kept_until: float = 0.0
     # Address of who has it open and does not answer: frozen, or dead.
     silent_holder: Optional[str] = None
 
@@ -81,6 +86,8 @@ class _Pool:
     images: dict[str, _Image] = field(default_factory=dict)
     # Bytes where somebody else wrote what is no text.
     omap: dict[str, dict[Any, Any]] = field(default_factory=dict)
+    # Address of who has the lease on an object, and when it runs out.
+    leases: dict[str, tuple[str, float]] = field(default_factory=dict)
     full: bool = False
     # librbd removes by way of the trash, whose object is made by the first removal and stays.
     has_trash: bool = False
@@ -104,6 +111,8 @@ class _State:
     calls: list[str] = field(default_factory=list)
     connections: list[FakeCluster] = field(default_factory=list)
     fenced: set[str] = field(default_factory=set)
+    #: How far the OSDs' clocks are ahead of this machine's.
+    ahead: float = 0.0
 
 
 def _content(node: Union[_Image, _Snap]) -> Content:
@@ -160,8 +169,11 @@ class FakeCluster:
         #: Seconds since the epoch, for what is made from now on.
         self.now = 0.0
         self._state.connections.append(self)
-        #: Pools this connection's user has no rights in.
+        #: Pools this connection's user has no rights in; those where it may only read, and detach clones.
         self.forbidden: set[str] = set()
+        self.read_only: set[str] = set()
+        #: Whether its removals move parents to the trash, as ours do.
+        self.moves_parents = True
 
     # -- the world, as tests make and see it -----------------------------------------------------------------------
 
@@ -229,6 +241,10 @@ class FakeCluster:
         """Use up the pool's quota, or make room again."""
         self._state.pools[pool].full = full
 
+    def let_pass(self, seconds: float) -> None:
+        """Let time pass for the OSDs."""
+        self._state.ahead += seconds
+
     def make_half_clone(self, half: str, snap: SnapSpec, dest: ImageSpec) -> None:
         """What a clone that did not return may leave behind."""
         source = self._snap(snap)
@@ -294,11 +310,27 @@ class FakeCluster:
         images = (image for pool in pools for image in (*pool.images.values(), *pool.trash))
         return [image for image in images if image.half != UNLISTED and snap in image.parents()]
 
+    def _is_waiting(self, snap: _Snap) -> bool:
+        """Whether it is there only for its clones."""
+        return snap.trashed and bool(self._children(snap))
+
     def _detached(self, snaps: set[_Snap]) -> None:
-        """Trashed snapshots go with their last child."""
+        """Trashed snapshots go with their last child, and with the last of them the parent that waits in the trash.
+
+        But not by the hand of a user who may only read there.
+        """
         for snap in snaps:
-            if snap.trashed and not self._children(snap):
-                snap.image.snaps.remove(snap)
+            image, pool = snap.image, self._state.pools[snap.image.spec.pool]
+            if snap.image.spec.pool in self.read_only or not snap.trashed or self._children(snap):
+                continue
+            image.snaps.remove(snap)
+            if image.is_parent_in_trash and not image.snaps:
+                pool.trash.remove(image)
+                self._detached(image.parents())
+
+    @contextlib.contextmanager
+    def keep_open(self, image: ImageSpec) -> Iterator[None]:
+        yield
 
     # -- the interface ---------------------------------------------------------------------------------------------
 
@@ -343,11 +375,20 @@ class FakeCluster:
             size_bytes=found.object_count * OBJECT_BYTES,
             created=found.created,
             parent=found.parent.spec if found.parent else None,
+            snap_count=len(found.snaps),
             data_pool=found.data_pool or found.spec.pool,
             deep_flatten=found.deep_flatten,
             journaling=found.journaling,
             mirrored=found.mirrored,
         )
+
+    @_call
+    def ancestors(self, image: ImageSpec) -> list[ImageSpec]:
+        found, parent = [], self._open(image).parent
+        while parent is not None:
+            found.append(parent.image.spec)
+            parent = parent.image.parent
+        return found
 
     @_call
     def usual_data_pool(self, pool: str) -> Optional[str]:
@@ -472,12 +513,16 @@ class FakeCluster:
         found = pool.images.get(image.name)
         if found is None:
             raise errors.Missing(f"no rbd image {image}")
-        if found.snaps:
+        if found.snaps and not (self.moves_parents and all(map(self._is_waiting, found.snaps))):
             raise errors.HasSnapshots(f"{image} has snapshots")
         if found.busy:
             found.busy -= 1
             raise errors.Busy(f"{image} is open somewhere")
         self._make_trash(image)
+        if found.snaps:
+            found.is_parent_in_trash = True
+            pool.trash.append(pool.images.pop(image.name))
+            return
         if on_progress is not None:
             on_progress(found.object_count, found.object_count)
         del pool.images[image.name]
@@ -495,7 +540,34 @@ class FakeCluster:
         if image.name not in pool.images:
             raise errors.Missing(f"no rbd image {image}")
         self._make_trash(image)
-        pool.trash.append(pool.images.pop(image.name))
+        trashed = pool.images.pop(image.name)
+        trashed.kept_until = self.now + keep_seconds
+        pool.trash.append(trashed)
+
+    @_call
+    def trashed(self, pool: str) -> list[TrashInfo]:
+        return [
+            TrashInfo(image.id, image.spec.name, image.is_parent_in_trash, image.kept_until)
+            for image in self._pool(pool).trash
+        ]
+
+    @_call
+    def children_of_trashed(self, pool: str, image_id: str) -> list[ImageSpec]:
+        return [child.spec for snap in self._trashed(pool, image_id).snaps for child in self._children(snap)]
+
+    @_call
+    def remove_trashed(self, pool: str, image_id: str) -> None:
+        image = self._trashed(pool, image_id)
+        if any(not snap.trashed or self._children(snap) for snap in image.snaps):
+            raise errors.HasSnapshots(f"{image_id} has snapshots")
+        self._pool(pool).trash.remove(image)
+        self._detached(image.parents())
+
+    def _trashed(self, pool: str, image_id: str) -> _Image:
+        for image in self._pool(pool).trash:
+            if image.id == image_id:
+                return image
+        raise errors.Missing(f"no rbd image {image_id} in the trash of {pool}")
 
     @_call
     def omap_items(self, pool: str, name: str) -> dict[str, str]:
@@ -513,3 +585,30 @@ class FakeCluster:
             pairs.pop(key, None)
         else:
             pairs[key] = new
+
+    @_call
+    def take_lease(self, pool: str, name: str, seconds: float) -> None:
+        leases = self._pool(pool, grows=True).leases
+        if self._holder(leases, name):
+            raise errors.Busy(f"somebody has the lease {pool}/{name}")
+        leases[name] = self.address(), self._osd_time() + seconds
+
+    @_call
+    def renew_lease(self, pool: str, name: str, seconds: float) -> None:
+        leases = self._pool(pool).leases
+        if self._holder(leases, name) != self.address():
+            raise errors.LeaseLost(f"the lease {pool}/{name} is lost")
+        leases[name] = self.address(), self._osd_time() + seconds
+
+    @_call
+    def end_lease(self, pool: str, name: str) -> None:
+        leases = self._pool(pool).leases
+        if self._holder(leases, name) == self.address():
+            del leases[name]
+
+    def _osd_time(self) -> float:
+        return time.monotonic() + self._state.ahead
+
+    def _holder(self, leases: dict[str, tuple[str, float]], name: str) -> Optional[str]:
+        holder, until = leases.get(name, (None, 0.0))
+        return holder if until > self._osd_time() else None

@@ -12,6 +12,7 @@ from typing import Any, Callable, Optional
 from nova_rbd_snap.conf import Settings
 from nova_rbd_snap.engine import Report
 from nova_rbd_snap.engine.service import Engine
+from nova_rbd_snap.flatten.bounds import Bounds
 from nova_rbd_snap.janitor.jobs import Images
 from nova_rbd_snap.ledger.job import Owner, copy_id
 from nova_rbd_snap.specs import ImageSpec
@@ -103,6 +104,11 @@ def make_engine(
         "glance_pool": None,
         "glance_data_pool": None,
         "clone_format": cluster.clone_format,
+        "flatten": "inline",
+        "flatten_workers": 1,
+        "flatten_limit": 4,
+        "bounds": Bounds(4, 8, 250, 450),
+        "delete": "now",
         "operation_timeout": 60,
         "reclaim_interval": 60,
         "auth_section": "service_user",

@@ -142,7 +142,7 @@ _CHANGES = frozenset().union(*(step.changes for step in ENGINE.values()))
 _BEFORE_PIVOT = tuple(name for name in ENGINE if name not in AFTER_PIVOT)
 
 #: Every class of error that librados or librbd may answer with; but those that only some calls meet: ``AlreadyThere``,
-#: ``HolderSilent`` (``holder_frozen``) and ``MayNotFence`` (``engine_killed unfenced``).
+#: ``HolderSilent`` (``holder_frozen``), ``MayNotFence`` (``engine_killed unfenced``); no request has a lease.
 ANSWERS = (
     errors.CephError, errors.Missing, errors.Busy, errors.HasSnapshots, errors.NoPermission, errors.NoSpace,
     errors.NotSupported, errors.Unreachable, errors.Blocklisted,
@@ -200,7 +200,8 @@ def _of_the_servers() -> Iterator[Cause]:
     for clone_format, error in ((1, errors.Busy), (2, errors.CephError)):
         steps = ("clone", "flatten", "release")
         yield Cause("frozen_has_child", None, error, steps, lasts=True, formats=(clone_format,))
-    yield Cause("seal_has_child", None, errors.NotRegistered, ("metadata", "register"), lasts=True, bars_undo=True)
+    # The clone goes to the trash, and from there with its child.
+    yield Cause("seal_has_child", None, errors.NotRegistered, ("metadata", "register"), lasts=True)
 
 
 def _of_the_processes() -> Iterator[Cause]:

@@ -108,6 +108,10 @@ class Connection:
         """The sessions with the servers end, and others begin."""
         self._cluster = self._connect()
 
+    def keep_open(self, image: Any) -> Any:
+        """Not a call: it is the first that needs it which opens the rbd image."""
+        return self._cluster.keep_open(image)
+
     def __getattr__(self, name: str) -> Any:
         return functools.partial(self._call, name)
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.ledger.job import CLONE
 from nova_rbd_snap.snapshot import steps
 from tests.faults import fake, selection
 from tests.faults.fake import FakeWorld
@@ -38,13 +37,13 @@ def test_every_call_has_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dict(found) == {step.name: set(step.calls) for step in STEPS.values()}
 
 
-@pytest.mark.parametrize("clone_format", [1, 2])
-def test_every_step_of_the_saga(clone_format: int) -> None:
-    assert {step.name for step in steps._SEQUENCES[CLONE, clone_format]} <= ENGINE.keys()
+def test_every_step_of_the_saga() -> None:
+    assert {step.name for sequence in steps.CLONE_STEPS.values() for step in sequence} <= ENGINE.keys()
 
 
 def test_every_error_of_the_cluster() -> None:
-    assert tree(errors.CephError) == {*ANSWERS, errors.AlreadyThere, errors.HolderSilent, errors.MayNotFence}
+    special = {errors.AlreadyThere, errors.HolderSilent, errors.MayNotFence, errors.LeaseLost}
+    assert tree(errors.CephError) == {*ANSWERS, *special}
 
 
 def test_every_error_of_glance() -> None:

@@ -116,7 +116,7 @@ class Operator:
         """An engine of another host's nova-compute."""
         nova_conf = conf.load(["--config-file", NOVA_CONF, "--config-file", str(self.conf)])
         settings = conf.Settings.read(nova_conf)
-        owner = functools.partial(Owner, host, "its machine", "its life", cloud=wiring.cloud(nova_conf))
+        owner = functools.partial(Owner, host, "its machine", "its life", cloud=conf.cloud(nova_conf))
         return wiring.engine(nova_conf, settings, owner)
 
     # -- what is in the cloud ------------------------------------------------------------------------------------

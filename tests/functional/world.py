@@ -120,7 +120,7 @@ class World:
     def engine_with(self, settings: conf.Settings, *, host: str, life: str, **more: Any) -> Engine:
         """An engine with such *settings*."""
         images = registration.Images(lambda: self.service, TIMEOUT_SECONDS)
-        owner = functools.partial(Owner, host, "machine", life, cloud=keystone.cloud(self.conf))
+        owner = functools.partial(Owner, host, "machine", life, cloud=conf.cloud(self.conf))
         return Engine(settings, owner, images=images, **more)
 
     def clone(self, engine: Engine, disk: str, image_id: str) -> str:

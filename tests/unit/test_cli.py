@@ -7,7 +7,9 @@ import configparser
 import importlib
 import json
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
@@ -18,9 +20,11 @@ from nova_rbd_snap import errors
 from nova_rbd_snap.cli import __main__ as cli
 from nova_rbd_snap.cli import commands
 from nova_rbd_snap.engine import wiring
+from nova_rbd_snap.ledger.job import AT_WORK, BACKGROUND, FLATTEN, INLINE, NEVER
 from nova_rbd_snap.ledger.store import OBJECT, Ledger
+from nova_rbd_snap.specs import ImageSpec
 from tests.fakes.cluster import FakeCluster
-from tests.fakes.engine import COPY, DEST, DISK, clone, freeze, make_engine
+from tests.fakes.engine import COPY, DEST, DISK, SERVER, clone, freeze, image, in_thread, make_engine
 from tests.fakes.sweep import (
     HOUR,
     LEAKED,
@@ -32,6 +36,7 @@ from tests.fakes.sweep import (
     ours_without_a_record,
     removal_failed,
 )
+from tests.waiting import eventually
 
 SECRET = "hunter2-is-a-secret"
 CLOUD = "http://127.0.0.1:1/v3"
@@ -88,7 +93,7 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     conf.write_text(NOVA_CONF)
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setattr(wiring, "need_bindings", lambda: None)
-    monkeypatch.setattr(wiring, "connect", lambda settings: world.cluster.another())
+    monkeypatch.setattr(wiring, "connect", lambda settings, objects_at_once=None: world.cluster.another())
     monkeypatch.setattr(wiring, "glance", lambda nova_conf, settings: world.glance)
     monkeypatch.setattr("time.time", lambda: NOW)
     root = logging.getLogger()
@@ -207,7 +212,7 @@ def test_without_credentials(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.undo()
     world = shell.world
     monkeypatch.setattr(wiring, "need_bindings", lambda: None)
-    monkeypatch.setattr(wiring, "connect", lambda settings: world.cluster.another())
+    monkeypatch.setattr(wiring, "connect", lambda settings, objects_at_once=None: world.cluster.another())
     died_before_registration(world)
     ours_without_a_record(world)
     bad = shell.conf.with_name("bad.conf")
@@ -451,6 +456,113 @@ def test_script_is_installed() -> None:
 
 
 def test_each_command_says_what_it_is_for() -> None:
-    for command in commands.COMMANDS.values():
+    for name, command in commands.COMMANDS.items():
         assert command.__doc__
-        assert command.columns
+        assert name == "worker" or command.columns
+
+
+# -- images that are not flat -----------------------------------------------------------------------------------------
+
+
+def make_image(shell: Shell, policy: str = NEVER, image_id: str = DEST.name) -> ImageSpec:
+    engine = make_engine(shell.world.cluster, flatten=policy, cloud=CLOUD)
+    clone(engine, image_id=image_id)
+    engine.finish(image_id)
+    return ImageSpec(DEST.pool, image_id)
+
+
+def states(shell: Shell) -> dict[str, str]:
+    assert shell("image", "list", "-f", "json") == 0
+    return {row["ID"]: row["State"] for row in shell.rows()}
+
+
+def test_image_list(shell: Shell) -> None:
+    """What depends on a server's disk, how deep, and what becomes of it; flat images are not listed."""
+    never, background = make_image(shell), make_image(shell, BACKGROUND, image(2))
+    make_image(shell, INLINE, image(3))
+    assert shell("image", "list", "-f", "json") == 0
+    rows = {row["ID"]: row for row in shell.rows()}
+    assert rows.keys() == {never.name, background.name}
+    assert (rows[never.name]["Disk"], rows[never.name]["Depth"], rows[never.name]["State"]) == (str(DISK), 2, "shared")
+    assert rows[background.name]["State"] == "queued"
+    ledger = Ledger(shell.world.cluster, DISK.pool)
+    ledger.advance(ledger.load(background.name), step=AT_WORK, percent=40)
+    assert states(shell)[background.name] == "40 % flat"
+    # The disk of a server that was deleted is still told.
+    make_engine(shell.world.cluster).remove_disks(SERVER)
+    assert shell("image", "list", "-f", "json") == 0
+    assert {row["Disk"] for row in shell.rows()} == {str(DISK)}
+
+
+@pytest.mark.parametrize("words", [["--all"], [DEST.name]])
+def test_image_flatten(shell: Shell, words: list[str]) -> None:
+    """What is named is queued, once; workers of the cloud take it."""
+    make_image(shell)
+    make_image(shell, image_id=image(2))
+    assert shell("image", "flatten", *words, "-f", "json") == 0
+    queued = {DEST.name, image(2)} if words == ["--all"] else {DEST.name}
+    assert {row["ID"] for row in shell.rows()} == queued
+    assert {name for name, state in states(shell).items() if state == "queued"} == queued
+    assert shell("image", "flatten", *words, "-f", "json") == 0
+    assert {row["Action"] for row in shell.rows()} == {"none"}
+    working = make_engine(shell.world.cluster, cloud=CLOUD)
+    flattening = in_thread(working.keep_working, FLATTEN)
+    eventually(lambda: not Ledger(shell.world.cluster, DISK.pool).read().jobs, "all is flat", pause=0.01)
+    working.stop(30)
+    flattening.result(30)
+    assert states(shell).keys() == {DEST.name, image(2)} - queued
+
+
+def test_image_that_cannot_be_flattened(shell: Shell) -> None:
+    """It is told, and the exit code says so."""
+    make_image(shell, INLINE)
+    assert shell("image", "flatten", DEST.name, "-f", "json") == 1
+    assert shell.rows()[0]["Action"] == "none"
+    assert shell("image", "flatten") == 2
+
+
+def test_which_pool_is_glances(shell: Shell, tmp_path: Path) -> None:
+    """It must be told: images are looked for where they are."""
+    make_image(shell)
+    conf = tmp_path / "other.conf"
+    conf.write_text(NOVA_CONF.replace("glance_pool = images", ""))
+    assert shell("image", "list", conf=conf) == 2
+    assert "--glance-pool" in shell.err
+    assert shell("image", "list", "--glance-pool", "images", "-f", "json", conf=conf) == 0
+    assert [row["ID"] for row in shell.rows()] == [DEST.name]
+
+
+def test_trash(shell: Shell) -> None:
+    """A disk in the trash is listed with the images that need it, and purged once none does."""
+    cluster, dest = shell.world.cluster, make_image(shell)
+    make_engine(cluster).remove_disks(SERVER)
+    assert shell("trash", "purge", "-f", "json") == 0
+    assert shell.rows() == []
+    assert shell("trash", "list", "-f", "json") == 0
+    (row,) = shell.rows()
+    assert (row["Name"], row["Needed by"], row["Kept until"]) == (DISK.name, str(dest), "no image needs it")
+    glance = cluster.another()
+    glance.read_only = {DISK.pool}
+    glance.unprotect_snap(dest.snap("snap"))
+    glance.remove_snap(dest.snap("snap"))
+    glance.remove(dest)
+    assert shell("trash", "purge", "-f", "json") == 0
+    assert DISK.name in shell.rows()[0]["Removed"]
+    assert cluster.trashed(DISK.pool) == []
+
+
+def test_worker(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It flattens what is queued, until it is told to end."""
+    make_image(shell, BACKGROUND)
+    handlers: dict[int, Any] = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    watching = threading.Thread(target=_end_when_flat, args=[shell.world.cluster, handlers])
+    watching.start()
+    assert shell("worker") == 0
+    watching.join(30)
+    assert states(shell) == {}
+
+
+def _end_when_flat(cluster: FakeCluster, handlers: dict[int, Any]) -> None:
+    eventually(lambda: not Ledger(cluster, DISK.pool).read().jobs, "the image is flat", pause=0.01)
+    handlers[signal.SIGTERM]()

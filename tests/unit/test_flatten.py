@@ -1,0 +1,689 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clones that are images before they are flat: what a snapshot leaves, and what the workers make of it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Callable, Optional
+
+import pytest
+
+from nova_rbd_snap import errors
+from nova_rbd_snap.flatten import task
+from nova_rbd_snap.flatten.bounds import Bounds
+from nova_rbd_snap.flatten.task import Flattening
+from nova_rbd_snap.ledger.job import AT_WORK, BACKGROUND, FLATTEN, INLINE, NEVER, QUEUED, Job, Owner
+from nova_rbd_snap.ledger.store import OBJECT, Ledger
+from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec
+from nova_rbd_snap.workers.worker import Worker, keep_working
+from tests.fakes.cluster import FakeCluster
+from tests.fakes.engine import (
+    DEST,
+    DISK,
+    FROZEN,
+    SERVER,
+    FakeImages,
+    Reports,
+    clone,
+    endless_disk,
+    image,
+    in_thread,
+    make_engine,
+    populated,
+)
+from tests.waiting import eventually
+
+later = pytest.mark.parametrize("policy", [BACKGROUND, NEVER])
+LEASE_SECONDS = 60.0
+BOUND_SECONDS = 30
+
+
+class Killed(BaseException):
+    """The worker's process ends."""
+
+
+class Clock:
+    """Seconds since the epoch, as a test says."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(task, "_DELETION_SECONDS", 0.1)
+
+
+def make_worker(
+    cluster: FakeCluster,
+    host: str = "compute-1",
+    *,
+    cloud: str = "",
+    images: Optional[FakeImages] = None,
+    limit: int = 4,
+    lease_seconds: float = LEASE_SECONDS,
+    clock: Optional[Callable[[], float]] = None,
+) -> Worker:
+    """A worker on a connection of its own."""
+    client = cluster.another()
+    return Worker(
+        client,
+        DISK.pool,
+        Owner(host, f"machine of {host}", "life-1", client.address(), cloud),
+        [Flattening(client, images or FakeImages(uses_it=True))],
+        limit=limit,
+        lease_seconds=lease_seconds,
+        clock=clock or Clock(),
+    )
+
+
+def going_on() -> bool:
+    return False
+
+
+def jobs(cluster: FakeCluster) -> list[Job]:
+    return Ledger(cluster, DISK.pool).read().jobs
+
+
+def queued(cluster: FakeCluster, number: int = 0, **more: str) -> ImageSpec:
+    """An image that waits to be flattened."""
+    name = image(number) if number else DEST.name
+    engine = make_engine(cluster, flatten=BACKGROUND, **more)
+    clone(engine, image_id=name)
+    engine.finish(name)
+    return ImageSpec(DEST.pool, name)
+
+
+def assert_flat(cluster: FakeCluster, dest: ImageSpec = DEST) -> None:
+    """It holds what it shall, needs nothing, and nothing else is left."""
+    assert cluster.lookup(dest).parent is None
+    assert cluster.content(dest) == cluster.content(dest.snap(GLANCE_SNAP)) == FROZEN
+    assert [(snap.name, snap.protected) for snap in cluster.snaps(dest)] == [(GLANCE_SNAP, True)]
+    assert cluster.snaps(DISK) == []
+    assert jobs(cluster) == []
+
+
+# -- what a snapshot leaves --------------------------------------------------------------------------------------------
+
+
+@later
+def test_image_before_it_is_flat(policy: str) -> None:
+    """It holds the disk's bytes as of the snapshot, whatever the guest writes later, and costs no copy; the disk's own
+    snapshot is in librbd's trash, where it goes by itself; only what is to be flattened has a job."""
+    cluster = populated()
+    engine = make_engine(cluster, flatten=policy)
+    clone(engine)
+    engine.finish(DEST.name)
+    cluster.write(DISK, 0, b"later")
+    assert cluster.content(DEST) == cluster.content(DEST.snap(GLANCE_SNAP)) == FROZEN
+    assert "flatten" not in cluster.calls
+    assert [(snap.trashed, cluster.children(DISK, snap.id)) for snap in cluster.snaps(DISK)] == [(True, [DEST])]
+    assert [(job.kind, job.step) for job in jobs(cluster)] == ([(FLATTEN, QUEUED)] if policy == BACKGROUND else [])
+
+
+@later
+def test_undone_before_it_is_flat(policy: str) -> None:
+    """What no record uses goes, and with it the snapshot that waits in the trash."""
+    cluster = populated()
+    before = cluster.picture()
+    engine = make_engine(cluster, flatten=policy)
+    clone(engine)
+    assert engine.rollback(DEST.name)
+    assert cluster.picture() == before
+
+
+@later
+@pytest.mark.parametrize("settles_as", [True, False, None])
+def test_dead_while_it_registered(policy: str, settles_as: Optional[bool]) -> None:
+    """Glance's word alone decides: a child of the job's own snapshot may be an image in use."""
+    cluster = populated()
+    before = cluster.picture()
+    clone(make_engine(cluster, flatten=policy))
+    make_engine(cluster, life="life-2", images=FakeImages(settles_as=settles_as)).reclaim()
+    if settles_as is False:
+        assert cluster.picture() == before
+    else:
+        assert cluster.content(DEST.snap(GLANCE_SNAP)) == FROZEN
+        left = {None: [AT_READY], True: [(FLATTEN, QUEUED)] if policy == BACKGROUND else []}[settles_as]
+        assert [(job.kind, job.step) for job in jobs(cluster)] == left
+
+
+AT_READY = ("clone", "ready")
+
+
+def test_format_1_is_flat_at_once() -> None:
+    """Its protected snapshot would keep the server from being deleted until then."""
+    cluster = populated(clone_format=1)
+    engine = make_engine(cluster, flatten=NEVER)
+    clone(engine)
+    engine.finish(DEST.name)
+    assert_flat(cluster)
+
+
+@pytest.mark.parametrize(("configured", "wanted"), [(INLINE, NEVER), (NEVER, INLINE), (BACKGROUND, INLINE)])
+def test_request_may_want_another_policy(configured: str, wanted: str) -> None:
+    """Then that counts, not the configured one."""
+    cluster = populated()
+    engine = make_engine(cluster, flatten=configured)
+    engine.reserve_clone(DEST.name, DISK.name, DEST.pool, wanted)
+    assert [job.flatten for job in jobs(cluster)] == [wanted]
+
+
+def test_snapshot_that_could_not_be_released() -> None:
+    """A frozen QEMU's disk keeps it until the image is flat, and then it goes as soon as that is possible."""
+    cluster, clock = populated(), Clock()
+    cluster.freeze_holder(DISK)
+    queued(cluster)
+    assert [snap.trashed for snap in cluster.snaps(DISK)] == [False]
+    worker = make_worker(cluster, clock=clock)
+    assert worker.work(going_on)
+    assert cluster.lookup(DEST).parent is None
+    (job,) = jobs(cluster)
+    assert "does not answer" in job.failures[0]
+    cluster.freeze_holder(DISK, frozen=False)
+    clock.now = job.not_before
+    assert worker.work(going_on)
+    assert_flat(cluster)
+
+
+@later
+def test_image_that_glance_cannot_read(policy: str) -> None:
+    """It is flattened before it is registered after all, and so is what follows, for a while; else it is as ever."""
+    cluster = populated()
+    engine = make_engine(cluster, flatten=policy)
+    clone(engine)
+    assert engine.make_flat(DEST.name, Reports())
+    assert not engine.make_flat(DEST.name, Reports())
+    engine.finish(DEST.name)
+    assert_flat(cluster)
+    clone(engine, image_id=image(2))
+    assert cluster.lookup(ImageSpec(DEST.pool, image(2))).parent is None
+
+
+def test_image_that_cannot_be_made_flat() -> None:
+    """nova-compute still has the say, and rolls it back."""
+    cluster = populated()
+    before = cluster.picture()
+    engine = make_engine(cluster, flatten=NEVER)
+    clone(engine)
+    cluster.fail_on("flatten", errors.NoSpace)
+    with pytest.raises(errors.NoSpace):
+        engine.make_flat(DEST.name, Reports())
+    assert engine.rollback(DEST.name)
+    assert cluster.picture() == before
+
+
+# -- bounds ------------------------------------------------------------------------------------------------------------
+
+
+def boot(cluster: FakeCluster, source: ImageSpec, number: int) -> ImageSpec:
+    """A server's disk that is made of an image."""
+    disk = ImageSpec(DISK.pool, f"{image(number)}_disk")
+    cluster.clone(source.snap(GLANCE_SNAP), disk, None)
+    return disk
+
+
+def test_chain_of_servers_booted_from_snapshots() -> None:
+    """It never gets longer than the hard bound, and what is past the soft one is queued to be flattened."""
+    cluster = populated()
+    engine = make_engine(cluster, flatten=NEVER, bounds=Bounds(3, 5, 250, 450))
+    disk, depths, waiting = DISK, [], []
+    for number in range(1, 9):
+        dest = ImageSpec(DEST.pool, image(number))
+        clone(engine, image_id=dest.name, disk=disk.name)
+        engine.finish(dest.name)
+        depths.append(len(cluster.ancestors(dest)))
+        waiting.append(dest.name in {job.id for job in jobs(cluster)})
+        disk = boot(cluster, dest, number)
+        assert cluster.content(disk) == FROZEN
+    assert depths == [2, 4, 0, 2, 4, 0, 2, 4]
+    assert waiting == [False, True, False, False, True, False, False, True]
+
+
+def test_depth_counts_what_is_in_the_trash() -> None:
+    """A server that was deleted is still read through."""
+    cluster = populated()
+    engine = make_engine(cluster, flatten=NEVER, bounds=Bounds(4, 4, 250, 450))
+    clone(engine)
+    engine.finish(DEST.name)
+    disk = boot(cluster, DEST, 1)
+    assert engine.remove_disks(SERVER) == []
+    assert len(cluster.ancestors(disk)) == 3
+    for number, depth in ((2, 4), (3, 0)):
+        dest = ImageSpec(DEST.pool, image(number))
+        clone(engine, image_id=dest.name, disk=disk.name)
+        engine.finish(dest.name)
+        assert len(cluster.ancestors(dest)) == depth
+        disk = boot(cluster, dest, number)
+
+
+def test_disk_with_many_snapshots() -> None:
+    """Past the soft bound the oldest image is queued with each new one, past the hard one the new image is flat."""
+    cluster = populated()
+    engine = make_engine(cluster, flatten=NEVER, bounds=Bounds(4, 8, 2, 5))
+    cluster.create_snap(DISK.snap("operators"))
+    waiting = []
+    for number in range(1, 7):
+        cluster.now = float(number)
+        clone(engine, image_id=image(number))
+        engine.finish(image(number))
+        waiting.append([job.id for job in jobs(cluster)])
+    first, second, third = ([image(number) for number in range(1, last)] for last in (2, 3, 4))
+    assert waiting == [[], first, second, third, third, third]
+    dests = [ImageSpec(DEST.pool, image(number)) for number in range(1, 7)]
+    assert [len(cluster.ancestors(dest)) for dest in dests] == [2, 2, 2, 2, 0, 0]
+    worker = make_worker(cluster)
+    while worker.work(going_on):
+        pass
+    assert [len(cluster.ancestors(dest)) for dest in dests] == [0, 0, 0, 2, 0, 0]
+    assert all(cluster.content(dest.snap(GLANCE_SNAP)) == FROZEN for dest in dests)
+
+
+# -- workers -----------------------------------------------------------------------------------------------------------
+
+
+def test_worker_flattens_what_waits() -> None:
+    """One image after the other, until none waits; the oldest first."""
+    cluster = populated()
+    images = [queued(cluster, number) for number in (1, 2)]
+    worker = make_worker(cluster, "another host")
+    assert worker.work(going_on)
+    assert [cluster.lookup(each).parent is None for each in images] == [True, False]
+    assert worker.work(going_on)
+    assert not worker.work(going_on)
+    for each in images:
+        assert_flat(cluster, each)
+
+
+def test_nobody_touches_another_clouds() -> None:
+    """Its Glance alone knows what its images are."""
+    cluster = populated()
+    queued(cluster, cloud="theirs")
+    assert not make_worker(cluster, cloud="ours").work(going_on)
+    assert cluster.lookup(DEST).parent is not None
+
+
+def test_limit_of_the_cloud() -> None:
+    """No more images are flattened at once than there are leases, whoever would."""
+    cluster = populated()
+    images = [queued(cluster, number) for number in (1, 2)]
+    first, others = make_worker(cluster, limit=1), [make_worker(cluster, "another host", limit=1) for _ in range(2)]
+    did = []
+    cluster.do_on("flatten", lambda *args: did.extend(other.work(going_on) for other in others))
+    assert first.work(going_on)
+    assert did == [False, False]
+    assert [cluster.lookup(each).parent is None for each in images] == [True, False]
+    assert others[0].work(going_on)
+    assert_flat(cluster, images[1])
+
+
+def killed_amid(cluster: FakeCluster, host: str = "dead host") -> Worker:
+    """A worker that is killed while it flattens, with its lease."""
+    dead = make_worker(cluster, host)
+
+    def die(*args: object) -> None:
+        raise Killed
+
+    cluster.do_on("flatten", die)
+    # Nothing of a process that is killed gives the lease back.
+    cluster.do_on("end_lease", die)
+    with pytest.raises(Killed):
+        dead.work(going_on)
+    cluster.heal()
+    return dead
+
+
+def test_dead_worker() -> None:
+    """As long as its lease lasts nobody touches its job; then exactly its client is cut off, and another goes on."""
+    cluster = populated()
+    queued(cluster)
+    killed_amid(cluster)
+    (job,) = jobs(cluster)
+    assert (job.step, job.owner.host) == (AT_WORK, "dead host")
+    worker = make_worker(cluster)
+    assert not worker.work(going_on)
+    assert cluster.fenced == set()
+    cluster.let_pass(LEASE_SECONDS)
+    assert worker.work(going_on)
+    assert cluster.fenced == {job.owner.client}
+    assert_flat(cluster)
+
+
+def test_dead_worker_that_cannot_be_cut_off() -> None:
+    """Then its job is left alone, and others go on."""
+    cluster = populated()
+    queued(cluster)
+    killed_amid(cluster)
+    cluster.let_pass(LEASE_SECONDS)
+    worker = make_worker(cluster)
+    worker._cluster.may_fence = False
+    queued(cluster, 2)
+    assert worker.work(going_on)
+    assert [cluster.lookup(each).parent is None for each in (DEST, ImageSpec(DEST.pool, image(2)))] == [False, True]
+
+
+def test_lease_is_kept_while_the_work_lasts() -> None:
+    """However long that is, nobody else gets it."""
+    cluster = populated()
+    queued(cluster)
+    other = make_worker(cluster, "another host")
+
+    def lasts(*args: object) -> None:
+        eventually(lambda: cluster.calls.count("renew_lease") > 4, "the lease is renewed again and again", pause=0.01)
+        assert not other.work(going_on)
+
+    cluster.do_on("flatten", lasts)
+    assert make_worker(cluster, lease_seconds=0.2).work(going_on)
+    assert cluster.fenced == set()
+    assert_flat(cluster)
+
+
+def test_progress_is_in_the_ledger() -> None:
+    """For people, who need not find the worker first; it starts anew with the flatten."""
+    cluster = populated()
+    queued(cluster)
+    seen: list[int] = []
+
+    def lasts(dest: ImageSpec, on_progress: Callable[[int, int], bool]) -> None:
+        for done in (30, 60):
+            on_progress(done, 100)
+            seen.append(eventually(lambda done=done: jobs(cluster)[0].percent == done and done, "noted", pause=0.01))
+
+    cluster.do_on("flatten", lasts)
+    assert make_worker(cluster).work(going_on)
+    assert seen == [30, 60]
+    assert_flat(cluster)
+
+
+def test_worker_that_lost_its_lease() -> None:
+    """It stops, and whoever took over goes on."""
+    cluster = populated()
+    queued(cluster)
+    slow, other = make_worker(cluster, "slow"), make_worker(cluster, "other")
+
+    def others_come(*args: object) -> None:
+        cluster.let_pass(LEASE_SECONDS)
+        other.work(going_on)
+
+    cluster.do_on("flatten", others_come)
+    with pytest.raises(errors.Blocklisted):
+        slow.work(going_on)
+    assert_flat(cluster)
+
+
+@pytest.mark.parametrize("step", [QUEUED, AT_WORK])
+def test_operators_word(step: str) -> None:
+    """A job is queued to be done at once; who had it at work is cut off, and nobody who only queued it."""
+    cluster = populated()
+    queued(cluster)
+    ledger = Ledger(cluster, DISK.pool)
+    (job,) = ledger.read().jobs
+    job = ledger.advance(job, step=step, attempts=5, not_before=10**10)
+    assert make_engine(cluster, host="operator").end(job.id) == "queued"
+    assert cluster.fenced == ({job.owner.client} if step == AT_WORK else set())
+    assert make_worker(cluster).work(going_on)
+    assert_flat(cluster)
+
+
+def test_worker_that_is_stopped() -> None:
+    """It stops between two objects, and the job waits for the next one."""
+    cluster = populated()
+    queued(cluster)
+    stopped = threading.Event()
+    cluster.do_on("flatten", lambda *args: stopped.set())
+    assert make_worker(cluster).work(stopped.is_set)
+    assert [job.step for job in jobs(cluster)] == [QUEUED]
+    assert cluster.content(DEST) == FROZEN
+    assert make_worker(cluster, "another host").work(going_on)
+    assert cluster.fenced == set()
+    assert_flat(cluster)
+
+
+def test_flatten_that_fails() -> None:
+    """The image stays usable; it is tried again later and later, and what is in its way is on record."""
+    cluster, clock = populated(), Clock()
+    queued(cluster)
+    cluster.fill(DEST.pool)
+    worker, pauses = make_worker(cluster, clock=clock), []
+    for attempt in range(1, 10):
+        assert worker.work(going_on)
+        assert not worker.work(going_on)
+        (job,) = jobs(cluster)
+        assert (job.step, job.attempts) == (QUEUED, attempt)
+        assert "is full" in job.failures[0]
+        pauses.append(job.not_before - clock.now)
+        clock.now = job.not_before
+    assert pauses == sorted(pauses)
+    assert pauses[0] < pauses[-1] == pauses[-2]
+    assert cluster.content(DEST.snap(GLANCE_SNAP)) == FROZEN
+    cluster.fill(DEST.pool, full=False)
+    assert worker.work(going_on)
+    assert_flat(cluster)
+
+
+# -- the tenant deletes the image meanwhile ----------------------------------------------------------------------------
+
+
+def unseal(cluster: FakeCluster) -> None:
+    """What Glance does first."""
+    cluster.unprotect_snap(DEST.snap(GLANCE_SNAP))
+    cluster.remove_snap(DEST.snap(GLANCE_SNAP))
+
+
+def test_hostile_record() -> None:
+    """It makes nobody seal, or remove, what is no clone of the disk that it names."""
+    cluster = populated()
+    queued(cluster)
+    (job,) = jobs(cluster)
+    theirs = ImageSpec(DEST.pool, image(9))
+    cluster.create_disk(theirs)
+    text = job.encode().replace(job.id, theirs.name).replace(str(job.dest_id), cluster.lookup(theirs).id)
+    cluster.omap_replace(DISK.pool, OBJECT, theirs.name, None, text)
+    before = cluster.picture()["images"]["images"][theirs.name]
+    for uses_it in (False, None):
+        worker = make_worker(cluster, images=FakeImages(uses_it=uses_it), clock=lambda: 10.0**10)
+        for _ in range(3):
+            worker.work(going_on)
+        assert cluster.picture()["images"]["images"][theirs.name] == before
+    assert [found.id for found in jobs(cluster)] == [theirs.name]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("uses_it", [True, None])
+def test_deletion_that_fails_over_the_flatten(when: str, uses_it: Optional[bool]) -> None:
+    """Glance could not remove what is open here, so the record lives, or may: it gets back what its location names."""
+    cluster = populated()
+    queued(cluster)
+    worker = make_worker(cluster, images=FakeImages(uses_it=uses_it))
+    if when == "before":
+        unseal(cluster)
+    else:
+        cluster.do_on("flatten", lambda *args: unseal(cluster), applied=when == "after")
+    assert worker.work(going_on)
+    assert_flat(cluster)
+
+
+@pytest.mark.parametrize("uses_it", [True, False])
+def test_deletion_ends_the_flatten(uses_it: bool) -> None:
+    """It is not waited for: of a large image that would take hours."""
+    cluster = populated()
+    huge = endless_disk(cluster)
+    engine = make_engine(cluster, flatten=BACKGROUND)
+    clone(engine, disk=huge.name)
+    engine.finish(DEST.name)
+    stopped = threading.Event()
+    cluster.do_on("flatten", lambda *args: unseal(cluster))
+    working = in_thread(make_worker(cluster, images=FakeImages(uses_it=uses_it)).work, stopped.is_set)
+    if uses_it:
+        # It is whole again, and flattened on.
+        eventually(lambda: cluster.calls.count("flatten") == 2, "the flatten goes on", pause=0.01)
+        assert [(snap.name, snap.protected) for snap in cluster.snaps(DEST)] == [(GLANCE_SNAP, True)]
+    else:
+        eventually(lambda: not cluster.exists(DEST), "the image is removed", pause=0.01)
+    stopped.set()
+    assert working.result(BOUND_SECONDS)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_deletion_that_gets_through(when: str) -> None:
+    """The record is gone: so is the image then, and all that was kept for it."""
+    cluster = populated()
+    before = cluster.picture()
+    queued(cluster)
+    worker = make_worker(cluster, images=FakeImages(uses_it=False))
+    if when == "before":
+        unseal(cluster)
+    else:
+        cluster.do_on("flatten", lambda *args: unseal(cluster), applied=when == "after")
+    assert worker.work(going_on)
+    assert cluster.picture() == before
+
+
+def test_image_that_is_gone() -> None:
+    """Its job goes, too."""
+    cluster = populated()
+    before = cluster.picture()
+    queued(cluster)
+    unseal(cluster)
+    cluster.remove(DEST)
+    assert make_worker(cluster).work(going_on)
+    assert cluster.picture() == before
+
+
+def test_image_that_is_another_by_now() -> None:
+    """It is left alone."""
+    cluster = populated()
+    queued(cluster)
+    unseal(cluster)
+    cluster.remove(DEST)
+    cluster.create_disk(DEST)
+    after = cluster.picture()["images"]
+    assert make_worker(cluster).work(going_on)
+    assert cluster.picture()["images"] == after
+    assert jobs(cluster) == []
+
+
+# -- the server is deleted ---------------------------------------------------------------------------------------------
+
+
+def delete_image(cluster: FakeCluster, dest: ImageSpec) -> None:
+    """As Glance does."""
+    cluster.unprotect_snap(dest.snap(GLANCE_SNAP))
+    cluster.remove_snap(dest.snap(GLANCE_SNAP))
+    cluster.remove(dest)
+
+
+@later
+def test_server_of_an_image_that_is_not_flat(policy: str) -> None:
+    """Its disk is gone for Nova at once; the image is whole, and with its last one the disk is gone for good."""
+    cluster = populated()
+    engine = make_engine(cluster, flatten=policy)
+    images = [ImageSpec(DEST.pool, image(number)) for number in (1, 2)]
+    for each in images:
+        clone(engine, image_id=each.name)
+        engine.finish(each.name)
+    assert engine.cancel(SERVER) == []
+    assert engine.remove_disks(SERVER) == []
+    assert not cluster.exists(DISK)
+    for each in images:
+        assert [waiting.name for waiting in cluster.trashed(DISK.pool)] == [DISK.name]
+        assert cluster.content(each.snap(GLANCE_SNAP)) == FROZEN
+        if policy == BACKGROUND:
+            assert make_worker(cluster).work(going_on)
+            assert cluster.content(each.snap(GLANCE_SNAP)) == FROZEN
+        delete_image(cluster, each)
+    assert cluster.trashed(DISK.pool) == []
+    assert jobs(cluster) == []
+
+
+@later
+@pytest.mark.parametrize("is_registered", [True, False])
+def test_server_that_is_deleted_before_the_image_is_registered(policy: str, is_registered: bool) -> None:
+    """What is ready needs the disk no more: the deletion does not wait for Glance, and nothing is left either way."""
+    cluster = populated()
+    engine = make_engine(cluster, flatten=policy)
+    clone(engine)
+    assert engine.cancel(SERVER) == []
+    assert engine.remove_disks(SERVER) == []
+    assert not cluster.exists(DISK)
+    if is_registered:
+        engine.finish(DEST.name)
+        assert cluster.content(DEST.snap(GLANCE_SNAP)) == FROZEN
+        make_worker(cluster).work(going_on)
+        delete_image(cluster, DEST)
+    else:
+        assert engine.rollback(DEST.name)
+    assert not cluster.exists(DEST)
+    assert cluster.trashed(DISK.pool) == []
+    assert jobs(cluster) == []
+
+
+@later
+def test_server_is_deleted_amid_its_snapshot(policy: str) -> None:
+    """The deletion wins: nothing is left, not even in the trash."""
+    cluster, report = populated(), Reports(hold_at="seal")
+    engine = make_engine(cluster, flatten=policy)
+    working = in_thread(clone, engine, report)
+    assert report.reached.wait(BOUND_SECONDS)
+    cancelling = in_thread(engine.cancel, SERVER)
+    eventually(engine._busy[DEST.name].cancelled.is_set, "it is cancelled", pause=0.01)
+    report.go_on.set()
+    cancelling.result(BOUND_SECONDS)
+    working.exception(BOUND_SECONDS)
+    engine.rollback(DEST.name)  # as nova-compute does once the server is gone
+    assert engine.remove_disks(SERVER) == []
+    assert cluster.images(DISK.pool) == []
+    assert cluster.trashed(DISK.pool) == []
+    assert not cluster.exists(DEST)
+
+
+# -- an engine's own workers -------------------------------------------------------------------------------------------
+
+
+def test_engine_flattens_what_it_made() -> None:
+    """At once, and what others made at its next look; it ends when the engine does."""
+    cluster = populated()
+    engine = make_engine(cluster, flatten=BACKGROUND, images=FakeImages(uses_it=True))
+    working = in_thread(engine.keep_working, FLATTEN)
+    clone(engine)
+    engine.finish(DEST.name)
+    eventually(lambda: not jobs(cluster), "the engine flattens its image", pause=0.01)
+    assert_flat(cluster)
+    engine.stop(BOUND_SECONDS)
+    working.result(BOUND_SECONDS)
+
+
+def test_engine_that_is_stopped_amid_a_flatten() -> None:
+    """It waits until the flatten has stopped, and leaves the job to others."""
+    cluster = populated()
+    huge = endless_disk(cluster)
+    engine = make_engine(cluster, flatten=BACKGROUND)
+    working = in_thread(engine.keep_working, FLATTEN)
+    clone(engine, disk=huge.name)
+    engine.finish(DEST.name)
+    eventually(lambda: [job.step for job in jobs(cluster)] == [AT_WORK], "the engine flattens", pause=0.01)
+    engine.stop(BOUND_SECONDS)
+    assert [job.step for job in jobs(cluster)] == [QUEUED]
+    working.result(BOUND_SECONDS)
+
+
+def test_cluster_that_does_not_answer(caplog: pytest.LogCaptureFixture) -> None:
+    """It is told once, and tried again on a new connection at each look."""
+    cluster, refusals = populated(), 3
+    queued(cluster)
+    attempts: list[object] = []
+
+    def make() -> Worker:
+        attempts.append(object())
+        if len(attempts) <= refusals:
+            raise errors.Unreachable("no answer")
+        return make_worker(cluster)
+
+    keep_working(lambda: True, make, lambda: not jobs(cluster), lambda: None)
+    assert len(attempts) == refusals + 1
+    assert len([record for record in caplog.records if "no answer" in record.message]) == 1
+    assert_flat(cluster)
