@@ -29,6 +29,7 @@ import openstack
 import rados
 import rbd
 
+from tests.trash import trashed
 from tests.waiting import eventually
 
 MIB = 1 << 20
@@ -190,7 +191,7 @@ class Ceph:
         with self.pool(pool) as ioctx:
             return {
                 "rbd images": {name: self.about(pool, name) for name in rbd.RBD().list(ioctx)},
-                "trash": sorted(entry["name"] for entry in rbd.RBD().trash_list(ioctx)),
+                "trash": sorted(entry.name for entry in trashed(ioctx)),
                 "ledger": self.ledger(pool),
                 "ids": sorted({found for obj in ioctx.list_objects() if (found := self._whose(obj.key))}),
             }

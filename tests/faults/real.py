@@ -23,6 +23,7 @@ from tests.faults.request import Request
 from tests.faults.sabotage import Adapter, Mischief
 from tests.functional.world import CEPH_CONF, HURRIED_SECONDS, MIB, TIMEOUT_SECONDS, World
 from tests.holder import Holder
+from tests.trash import trashed
 from tests.waiting import eventually, promised_seconds
 
 _DISK_BYTES = 16 * MIB
@@ -115,7 +116,7 @@ class RealWorld(world.World):
         found = self._servers.picture()
         found.pop(f"{self._servers.images}/{self.image_id}", None)
         for pool, ioctx in self._servers.ioctx.items():
-            found[f"{pool}: trash"] = sorted(entry["name"] for entry in rbd.RBD().trash_list(ioctx))
+            found[f"{pool}: trash"] = sorted(entry.name for entry in trashed(ioctx))
         # The OSDs remove what a snapshot held in their own time.
         with contextlib.suppress(AssertionError):
             eventually(lambda: self._objects() <= self._known, "no object is left", seconds=20, pause=0.1)
