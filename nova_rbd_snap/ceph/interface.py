@@ -185,11 +185,16 @@ class Cluster(Protocol):
         """
 
     def flatten(self, image: ImageSpec, on_progress: OnProgress) -> ImageInfo:
-        """Copy what is still only in the parent and cut the link, for the snapshots of *image*, too. Repeatable.
+        """Copy what is still only in the parent and cut the link, for the snapshots of *image*, too.
+
+        To be repeated only after :meth:`rebuild_object_map`, or data may be lost (``docs/design/ceph.rst``).
 
         :returns: what it is then.
         :raises Cancelled: *on_progress* asked to stop; the parent is kept.
         """
+
+    def rebuild_object_map(self, image: ImageSpec) -> None:
+        """Look again which objects there are, where the rbd image keeps a map of them."""
 
     def remove(self, image: ImageSpec, on_progress: Optional[Callable[[int, int], object]] = None) -> None:
         """Remove a whole or half-made rbd image.

@@ -66,11 +66,15 @@ class Flattening:
     def _flatten(self, current: Current, stopped: Callable[[], bool]) -> None:
         """Return once the image is flat, or gone."""
         job, dest = current.job, steps.image_of(current.job)
-        is_ours = False
+        is_ours, is_repeated = False, current.is_repeated
         for _ in range(_DELETIONS):
             state = self._look(job, dest)
             is_ours |= state in (_State.SHARED, _State.UNSEALED)
             if state is _State.SHARED:
+                if is_repeated:
+                    # It may say that objects are there which the last attempt did not come to write.
+                    self._cluster.rebuild_object_map(dest)
+                is_repeated = True
                 self._flatten_once(current, dest, stopped)
             elif state in (_State.GONE, _State.FLAT):
                 return

@@ -89,6 +89,7 @@ class Job:
     :ivar failures: what could not be undone, or done, for people.
     :ivar slot: number of the lease under which the owner is at work, or was.
     :ivar percent: how much of it is done.
+    :ivar begun: somebody has been at work on it.
     :ivar attempts: how often it has failed.
     :ivar not_before: when it may be tried again, in seconds since the epoch.
     """
@@ -109,6 +110,7 @@ class Job:
     failures: tuple[str, ...] = ()
     slot: int = 0
     percent: int = 0
+    begun: bool = False
     attempts: int = 0
     not_before: float = 0.0
     generation: int = 0
@@ -175,6 +177,7 @@ class Job:
             ("created", self.created, (int, float)),
             ("not_before", self.not_before, (int, float)),
             ("orphaned", self.orphaned, bool),
+            ("begun", self.begun, bool),
             ("snap_id", self.snap_id, (int, type(None))),
             ("dest_id", self.dest_id, (str, type(None))),
             ("data_pool", self.data_pool, (str, type(None))),

@@ -36,10 +36,11 @@ class Current:
     """The job at work.
 
     :ivar job: as the ledger has it.
+    :ivar is_repeated: somebody has been at it before.
     """
 
-    def __init__(self, job: Job, ledger: Ledger) -> None:
-        self.job = job
+    def __init__(self, job: Job, ledger: Ledger, is_repeated: bool) -> None:
+        self.job, self.is_repeated = job, is_repeated
         self._ledger = ledger
 
     def note(self, percent: int) -> None:
@@ -109,7 +110,7 @@ class Worker:
                 taken = self._take(job, number)
                 if taken is None:
                     continue
-                self._do(task, taken, held, stopped)
+                self._do(task, Current(taken, self._ledger, job.begun), held, stopped)
                 return True
         return False
 
@@ -139,15 +140,14 @@ class Worker:
                     job.id, job.kind, job.owner.host, job.owner.client,
                 )
                 self._cluster.fence(job.owner.client)
-            return self._ledger.advance(job, owner=self._owner, step=AT_WORK, slot=slot, percent=0)
+            return self._ledger.advance(job, owner=self._owner, step=AT_WORK, slot=slot, percent=0, begun=True)
         except errors.LedgerConflict:
             return None
         except errors.MayNotFence as error:
             LOG.warning("Job %s (%s) is left alone: %s", job.id, job.kind, error.report())
             return None
 
-    def _do(self, task: Task, job: Job, held: lease.Lease, stopped: Callable[[], bool]) -> None:
-        current = Current(job, self._ledger)
+    def _do(self, task: Task, current: Current, held: lease.Lease, stopped: Callable[[], bool]) -> None:
         try:
             task.do(current, lambda: stopped() or held.lost.is_set())
             end: Callable[[], object] = functools.partial(self._ledger.forget, current.job)

@@ -441,11 +441,11 @@ class RealWorld:
             eventually(takes_writes, "the pool is no longer full", pause=0.1)
 
     def clone_without_deep_flatten(self, snap: SnapSpec, dest: ImageSpec) -> None:
-        source = snap.image
-        with self._ioctx(source.pool) as src, self._ioctx(dest.pool) as dst:
-            self._rbd.RBD().clone(
-                src, source.name, snap.name, dst, dest.name, features=self._rbd.RBD_FEATURE_LAYERING, clone_format=2
-            )
+        # In the format that the connection says, for the binding of Ceph 16 does not take it as an argument.
+        cluster = self._connect("admin", 2)
+        features, source = self._rbd.RBD_FEATURE_LAYERING, snap.image
+        with cluster._pool(source.pool) as src, cluster._pool(dest.pool) as dst:
+            self._rbd.RBD().clone(src, source.name, snap.name, dst, dest.name, features=features)
 
     def write_omap(self, pool: str, name: str, key: bytes, value: bytes) -> None:
         with self._ioctx(pool) as ioctx, self._rados_module.WriteOpCtx() as operation:

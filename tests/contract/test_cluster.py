@@ -790,6 +790,20 @@ def test_cancelled_flatten(world: World, cluster: Cluster, dest: ImageSpec, snap
 # -- half-made clones --
 
 
+def test_object_map_that_is_rebuilt(world: World, cluster: Cluster, dest: ImageSpec, snap: SnapSpec) -> None:
+    """It changes nothing that can be seen, of a clone with a protected snapshot, a disk, or what is flat."""
+    cluster.clone(snap, dest, None)
+    cluster.create_snap(dest.snap("s"))
+    cluster.protect_snap(dest.snap("s"))
+    before = cluster.lookup(dest), cluster.snaps(dest)
+    for image in (dest, snap.image):
+        cluster.rebuild_object_map(image)
+    assert (cluster.lookup(dest), cluster.snaps(dest)) == before
+    cluster.flatten(dest, go_on)
+    cluster.rebuild_object_map(dest)
+    assert world.content(dest) == world.content(dest.snap("s")) == WRITTEN
+
+
 @pytest.mark.parametrize("half", HALF_MADE)
 def test_half_made_clone(world: World, cluster: Cluster, dest: ImageSpec, snap: SnapSpec, half: str) -> None:
     """It takes the name and may look whole, and can be removed; the snapshot does not know it."""
@@ -973,6 +987,7 @@ CHANGES: dict[str, Act] = {
     "remove_snap": lambda cluster, snap, dest: cluster.remove_snap(snap),
     "remove_snap_by_id": lambda cluster, snap, dest: cluster.remove_snap_by_id(snap.image, 1),
     "clone": lambda cluster, snap, dest: cluster.clone(snap, dest, None),
+    "rebuild_object_map": lambda cluster, snap, dest: cluster.rebuild_object_map(snap.image),
     "flatten": lambda cluster, snap, dest: cluster.flatten(snap.image, go_on),
     "remove": lambda cluster, snap, dest: cluster.remove(snap.image),
     "trash": lambda cluster, snap, dest: cluster.trash(snap.image, 0),
@@ -1033,6 +1048,7 @@ def test_full_pool(world: World, cluster: Cluster, snap: SnapSpec) -> None:
             assert not isinstance(caught.value, errors.Missing)
         assert cluster.lookup(first).parent == snap
     assert not cluster.exists(third)
+    cluster.rebuild_object_map(first)
     cluster.flatten(first, go_on)
     assert world.content(first) == WRITTEN
     cluster.remove(first)

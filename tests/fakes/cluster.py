@@ -72,6 +72,8 @@ class _Image:
     busy: float = 0
     # In the trash until nothing depends on it.
     is_parent_in_trash: bool = False
+    # Its map says that objects are there which a flatten could not write.
+    map_is_wrong: bool = False
     kept_until: float = 0.0
     # Address of who has it open and does not answer: frozen, or dead.
     silent_holder: Optional[str] = None
@@ -486,6 +488,7 @@ class FakeCluster:
         found = self._open(image)
         if found.parent is None:
             return self._info(found)
+        found.map_is_wrong |= self._pool(found.data_pool or image.pool).full
         self._pool(found.data_pool or image.pool, grows=True)
         source, size_bytes = _content(found.parent), found.object_count * OBJECT_BYTES
         found.busy += float("inf")
@@ -494,7 +497,7 @@ class FakeCluster:
                 if not on_progress(number * OBJECT_BYTES, size_bytes):
                     raise errors.Cancelled(f"the flatten of {image} was cancelled")
                 with self._state.lock:
-                    if number in source:
+                    if number in source and not found.map_is_wrong:
                         found.objects.setdefault(number, source[number])
         finally:
             found.busy = 0
@@ -506,6 +509,10 @@ class FakeCluster:
                     snap.objects, snap.parent = _content(snap), None
             self._detached(before - found.parents())
             return self._info(found)
+
+    @_call
+    def rebuild_object_map(self, image: ImageSpec) -> None:
+        self._open(image).map_is_wrong = False
 
     @_call
     def remove(self, image: ImageSpec, on_progress: Optional[Callable[[int, int], object]] = None) -> None:
