@@ -73,6 +73,22 @@ def configuration(options: argparse.Namespace) -> tuple[Any, conf.Settings]:
     return nova_conf, conf.Settings.read(nova_conf)
 
 
+def add_glance_pool(parser: argparse.ArgumentParser) -> None:
+    """The option that :func:`glance_pools` reads."""
+    parser.add_argument(
+        "--glance-pool",
+        action="append",
+        default=[],
+        metavar="POOL",
+        help="a pool of Glance's besides [rbd_snap] glance_pool; can be repeated",
+    )
+
+
+def glance_pools(settings: conf.Settings, parsed_args: argparse.Namespace) -> list[str]:
+    """Glance's pools, as configured and as named; each once."""
+    return list(dict.fromkeys(pool for pool in (settings.glance_pool, *parsed_args.glance_pool) if pool))
+
+
 class Command(lister.Lister):
     """Something to do, answered by a table, or by what ``-f`` asks for.
 

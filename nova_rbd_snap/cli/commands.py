@@ -15,7 +15,7 @@ from typing import Any
 
 from nova_rbd_snap import conf, errors
 from nova_rbd_snap.cli import images
-from nova_rbd_snap.cli.app import Cell, Command
+from nova_rbd_snap.cli.app import Cell, Command, add_glance_pool, glance_pools
 from nova_rbd_snap.cli.machine import LocalMachine
 from nova_rbd_snap.engine import wiring
 from nova_rbd_snap.janitor import leftovers
@@ -53,13 +53,7 @@ class Sweep(Command):
             metavar="HOURS",
             help="what is younger is kept, for somebody may be at work on it; default 24, fractions allowed",
         )
-        parser.add_argument(
-            "--glance-pool",
-            action="append",
-            default=[],
-            metavar="POOL",
-            help="a pool of Glance's besides [rbd_snap] glance_pool; can be repeated",
-        )
+        add_glance_pool(parser)
         return parser
 
     def rows(self, parsed_args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
@@ -77,7 +71,6 @@ class Sweep(Command):
     def _scene(self, parsed_args: argparse.Namespace) -> Scene:
         nova_conf, settings = self.configuration()
         wiring.need_bindings()
-        pools = [settings.glance_pool, *parsed_args.glance_pool]
 
         @functools.cache
         def glance() -> Any:
@@ -91,7 +84,7 @@ class Sweep(Command):
         return Scene(
             cluster=wiring.connect(settings),
             pool=settings.pool,
-            glance_pools=list(dict.fromkeys(pool for pool in pools if pool)),
+            glance_pools=glance_pools(settings, parsed_args),
             glance=glance,
             machine=LocalMachine(settings.snapshots_directory),
             now=time.time(),

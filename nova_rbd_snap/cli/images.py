@@ -17,7 +17,7 @@ from cliff import command
 
 from nova_rbd_snap import conf, errors
 from nova_rbd_snap.ceph.interface import Cluster
-from nova_rbd_snap.cli.app import Cell, Command, configuration
+from nova_rbd_snap.cli.app import Cell, Command, add_glance_pool, configuration, glance_pools
 from nova_rbd_snap.engine import wiring
 from nova_rbd_snap.flatten.queue import Shared, queue_image, shared_images
 from nova_rbd_snap.janitor import parents
@@ -38,17 +38,11 @@ class _OfImages(Command):
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        parser.add_argument(
-            "--glance-pool",
-            action="append",
-            default=[],
-            metavar="POOL",
-            help="a pool of Glance's besides [rbd_snap] glance_pool; can be repeated",
-        )
+        add_glance_pool(parser)
         return parser
 
     def _images(self, parsed_args: argparse.Namespace, cluster: Cluster, settings: conf.Settings) -> Iterator[Shared]:
-        pools = dict.fromkeys(pool for pool in (settings.glance_pool, *parsed_args.glance_pool) if pool)
+        pools = glance_pools(settings, parsed_args)
         if not pools:
             raise conf.BadOption("which pool is Glance's? Set [rbd_snap] glance_pool, or name it with --glance-pool")
         return shared_images(cluster, settings.pool, pools)
