@@ -82,7 +82,9 @@ def test_background(cloud: Cloud, log: Log, readers: None) -> None:
     assert log.ours() == []
 
 
-@pytest.mark.parametrize("first", [pytest.param("server", marks=pytest.mark.core), "image"])
+@pytest.mark.parametrize(
+    "first", [pytest.param("server", marks=pytest.mark.core), pytest.param("image", marks=pytest.mark.slow)]
+)
 def test_never(cloud: Cloud, log: Log, readers: None, first: str) -> None:
     """The image costs no copy, and is as any other, also once its server is gone; and with the last image of it the
     server's disk is gone for good."""
@@ -119,6 +121,7 @@ def test_glance_that_may_not_read_the_disks(cloud: Cloud, log: Log) -> None:
     assert len(log.ours()) == 1
 
 
+@pytest.mark.slow
 def test_flavor_and_image_choose(cloud: Cloud, readers: None) -> None:
     """The property of the server's image counts, where its flavor says nothing."""
     cloud.configure()
