@@ -291,7 +291,7 @@ def register(conf: Any) -> None:
 
 
 def arguments(conf: Any) -> list[str]:
-    """What makes another process read the configuration that *conf* was read from."""
+    """What makes another process read the configuration that *conf*, or a command line, names."""
     files = [word for file in conf.config_file or () for word in ("--config-file", file)]
     folders = [word for folder in conf.config_dir or () for word in ("--config-dir", folder)]
     return files + folders

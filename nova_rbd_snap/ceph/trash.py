@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is written of an rbd image in the trash of its pool, as bytes (``cls::rbd::TrashImageSpec``).
 
-Python's binding of Ceph 16 cannot list a trash that holds a parent: it raises ``IndexError`` (observed on 16.2.15).
+Python's binding cannot list a trash that holds a parent: it raises ``IndexError`` (observed on 16.2.15 and 18.2.7).
 """
 
 from __future__ import annotations

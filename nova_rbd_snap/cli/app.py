@@ -8,13 +8,17 @@ makes no sense.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
+import socket
+import uuid
 from collections.abc import Iterable, Sequence
-from typing import Any, Union
+from typing import Any, Callable, Union
 
 from cliff import app, commandmanager, lister
 
 from nova_rbd_snap import conf, errors
+from nova_rbd_snap.ledger.job import Owner
 
 Cell = Union[str, float]
 
@@ -65,12 +69,15 @@ def configuration(options: argparse.Namespace) -> tuple[Any, conf.Settings]:
     :param options: of the command line.
     :raises conf.BadOption: it cannot be used.
     """
-    arguments = [word for file in options.config_file for word in ("--config-file", file)]
-    arguments += [word for folder in options.config_dir for word in ("--config-dir", folder)]
-    nova_conf = conf.load(arguments)
+    nova_conf = conf.load(conf.arguments(options))
     if not (nova_conf.config_file or nova_conf.config_dir):
         raise conf.BadOption("no configuration of nova-compute was found; name it with --config-file")
     return nova_conf, conf.Settings.read(nova_conf)
+
+
+def owner(role: str, cloud: str) -> Callable[[str], Owner]:
+    """Whose the jobs are that a command works on, given its client's address: no nova-compute's."""
+    return functools.partial(Owner, f"{role}:{socket.gethostname()}", role, str(uuid.uuid4()), cloud=cloud)
 
 
 def add_glance_pool(parser: argparse.ArgumentParser) -> None:

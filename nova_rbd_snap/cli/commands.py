@@ -7,24 +7,18 @@ import argparse
 import contextlib
 import functools
 import math
-import socket
 import time
-import uuid
 from collections.abc import Iterator
 from typing import Any
 
 from nova_rbd_snap import conf, errors
 from nova_rbd_snap.cli import images
-from nova_rbd_snap.cli.app import Cell, Command, add_glance_pool, glance_pools
+from nova_rbd_snap.cli.app import Cell, Command, add_glance_pool, glance_pools, owner
 from nova_rbd_snap.cli.machine import LocalMachine
 from nova_rbd_snap.engine import wiring
 from nova_rbd_snap.janitor import leftovers
 from nova_rbd_snap.janitor.findings import Scene
-from nova_rbd_snap.ledger.job import Owner
 from nova_rbd_snap.ledger.store import Ledger
-
-#: No nova-compute's machine id: while an operator ends a job, no host does.
-_NO_MACHINE = "operator"
 
 
 def _hours(text: str) -> float:
@@ -134,9 +128,7 @@ class JobReclaim(Command):
         nova_conf, settings = self.configuration()
         wiring.need_bindings()
         cloud = conf.cloud(nova_conf) if parsed_args.cloud is None else parsed_args.cloud
-        operator = f"operator:{socket.gethostname()}"
-        owner = functools.partial(Owner, operator, _NO_MACHINE, str(uuid.uuid4()), cloud=cloud)
-        engine = wiring.engine(nova_conf, settings, owner)
+        engine = wiring.engine(nova_conf, settings, owner("operator", cloud))
         for job_id in dict.fromkeys(parsed_args.ids):
             try:
                 became = engine.end(job_id)

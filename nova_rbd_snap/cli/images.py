@@ -4,33 +4,22 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import signal
-import socket
 import threading
 import time
-import uuid
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Optional
 
 from cliff import command
 
 from nova_rbd_snap import conf, errors
 from nova_rbd_snap.ceph.interface import Cluster
-from nova_rbd_snap.cli.app import Cell, Command, add_glance_pool, configuration, glance_pools
+from nova_rbd_snap.cli.app import Cell, Command, add_glance_pool, configuration, glance_pools, owner
 from nova_rbd_snap.engine import wiring
 from nova_rbd_snap.flatten.queue import Shared, queue_image, shared_images
 from nova_rbd_snap.janitor import parents
-from nova_rbd_snap.ledger.job import AT_WORK, BACKGROUND_KINDS, FLATTEN, Job, Owner
+from nova_rbd_snap.ledger.job import AT_WORK, BACKGROUND_KINDS, FLATTEN, Job
 from nova_rbd_snap.ledger.store import Ledger
-
-#: No nova-compute's machine id.
-_NO_MACHINE = "worker"
-
-
-def _owner(nova_conf: Any, client: str) -> Owner:
-    host = f"worker:{socket.gethostname()}"
-    return Owner(host, _NO_MACHINE, str(uuid.uuid4()), client, conf.cloud(nova_conf))
 
 
 class _OfImages(Command):
@@ -89,7 +78,7 @@ class ImageFlatten(_OfImages):
         nova_conf, settings = self.configuration()
         wiring.need_bindings()
         cluster = wiring.connect(settings)
-        ledger, owner = Ledger(cluster, settings.pool), _owner(nova_conf, cluster.address())
+        ledger, us = Ledger(cluster, settings.pool), owner("worker", conf.cloud(nova_conf))(cluster.address())
         wanted = dict.fromkeys(parsed_args.ids)
         for found in self._images(parsed_args, cluster, settings):
             name = found.image.name
@@ -97,7 +86,7 @@ class ImageFlatten(_OfImages):
                 continue
             wanted.pop(name, None)
             try:
-                queue_image(found, ledger, owner, time.time())
+                queue_image(found, ledger, us, time.time())
             except errors.LedgerConflict:
                 yield name, "none", "it has a job already"
             else:
@@ -144,7 +133,7 @@ class Worker(command.Command):
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         nova_conf, settings = configuration(self.app_args)
         wiring.need_bindings()
-        engine = wiring.engine(nova_conf, settings, functools.partial(_owner, nova_conf))
+        engine = wiring.engine(nova_conf, settings, owner("worker", conf.cloud(nova_conf)))
 
         def end(*_: object) -> None:
             # In a thread: the handler itself runs between two steps of the main thread and must not wait.

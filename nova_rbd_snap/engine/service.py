@@ -66,6 +66,15 @@ class Work:
     cancelled: threading.Event = field(default_factory=threading.Event)
     moved: float = field(default_factory=time.monotonic)
 
+    def noting(self, report: Report) -> Report:
+        """*report*, with progress noted here as well."""
+
+        def note(step: str, done: int, total: int) -> None:
+            self.moved = time.monotonic()
+            report(step, done, total)
+
+        return note
+
 
 class Engine:
     """All work in one cluster for one nova-compute."""
@@ -211,13 +220,9 @@ class Engine:
                 if cluster is not reserved_over:
                     job = self._take_over(job, cluster)
 
-                def note(step: str, done: int, total: int) -> None:
-                    work.moved = time.monotonic()
-                    report(step, done, total)
-
                 run = saga.Run(
                     cluster,
-                    note,
+                    work.noting(report),
                     cancelled=lambda: self._stopping or work.cancelled.is_set() or job_id not in self._held,
                     orphaned=lambda: self._orphaned,
                     too_late=lambda: snap_before is not None and time.monotonic() > snap_before,
@@ -253,11 +258,7 @@ class Engine:
             )
             self._flat_until = time.monotonic() + _READERS_SECONDS
 
-            def note(step: str, done: int, total: int) -> None:
-                work.moved = time.monotonic()
-                report(step, done, total)
-
-            run = saga.Run(cluster, note, cancelled=lambda: self._stopping)
+            run = saga.Run(cluster, work.noting(report), cancelled=lambda: self._stopping)
             ledger.advance(job, flatten=INLINE, **steps.Flatten().do(job, run))
             return True
 

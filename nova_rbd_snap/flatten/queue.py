@@ -79,19 +79,18 @@ def queue_image(found: Shared, ledger: Ledger, owner: Owner, now: float) -> None
     ledger.reserve(job)
 
 
-def queue_oldest(disk: ImageSpec, cluster: Cluster, ledger: Ledger, owner: Owner, now: float) -> Optional[str]:
-    """Have the oldest image flattened that depends on the disk, and has no job yet.
+def queue_oldest(disk: ImageSpec, cluster: Cluster, ledger: Ledger, owner: Owner, now: float) -> None:
+    """Have the oldest image flattened that depends on the disk, and has no job yet; as :func:`queue_image`."""
+    for found in _images_of(disk, cluster):
+        with contextlib.suppress(errors.LedgerConflict):
+            queue_image(found, ledger, owner, now)
+            return
 
-    :returns: the image's id; None where there is none.
-    """
+
+def _images_of(disk: ImageSpec, cluster: Cluster) -> Iterator[Shared]:
+    """The images that our snapshots of the disk were taken for, and that still depend on it; the oldest first."""
     for snap in cluster.snaps(disk):
-        if not snap.trashed:
-            continue
         with contextlib.suppress(errors.Missing):
-            for child in cluster.children(disk, snap.id):
-                found = shared(cluster, child) if snap.name == f"{SNAP_PREFIX}{child.name}" else None
-                if found is not None:
-                    with contextlib.suppress(errors.LedgerConflict):
-                        queue_image(found, ledger, owner, now)
-                        return child.name
-    return None
+            for child in cluster.children(disk, snap.id) if snap.trashed else ():
+                if snap.name == f"{SNAP_PREFIX}{child.name}" and (found := shared(cluster, child)) is not None:
+                    yield found

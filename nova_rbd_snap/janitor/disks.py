@@ -54,10 +54,11 @@ def remove_all(pool: str, server: str, run: Run, discard: Discard, at_work: Cont
 
 def _remove(disk: ImageSpec, run: Run, discard: Discard, at_work: Container[str]) -> Iterator[str]:
     run.report(f"remove {disk.name}", 0, 0)
-    holders = [text for snap in _snaps(disk, run) for text in _free(disk, snap, run, at_work)]
+    snaps = _snaps(disk, run)
+    holders = [text for snap in snaps for text in _free(disk, snap, run, at_work)]
     if holders:
         yield f"{disk} stays until these are removed: {', '.join(holders)}"
-    elif _snaps(disk, run):  # of librbd's trash, with images that depend on them
+    elif snaps and _snaps(disk, run):  # of librbd's trash, with images that depend on them
         yield from remove_now(run, disk)
     else:
         yield from discard(disk)

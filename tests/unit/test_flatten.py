@@ -492,6 +492,13 @@ def test_hostile_record() -> None:
     assert [found.id for found in jobs(cluster)] == [theirs.name]
 
 
+def unseal_around_flatten(cluster: FakeCluster, when: str) -> None:
+    if when == "before":
+        unseal(cluster)
+    else:
+        cluster.do_on("flatten", lambda *args: unseal(cluster), applied=True)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("uses_it", [True, None])
 def test_deletion_that_fails_over_the_flatten(when: str, uses_it: Optional[bool]) -> None:
@@ -499,10 +506,7 @@ def test_deletion_that_fails_over_the_flatten(when: str, uses_it: Optional[bool]
     cluster = populated()
     queued(cluster)
     worker = make_worker(cluster, images=FakeImages(uses_it=uses_it))
-    if when == "before":
-        unseal(cluster)
-    else:
-        cluster.do_on("flatten", lambda *args: unseal(cluster), applied=when == "after")
+    unseal_around_flatten(cluster, when)
     assert worker.work(going_on)
     assert_flat(cluster)
 
@@ -535,10 +539,7 @@ def test_deletion_that_gets_through(when: str) -> None:
     before = cluster.picture()
     queued(cluster)
     worker = make_worker(cluster, images=FakeImages(uses_it=False))
-    if when == "before":
-        unseal(cluster)
-    else:
-        cluster.do_on("flatten", lambda *args: unseal(cluster), applied=when == "after")
+    unseal_around_flatten(cluster, when)
     assert worker.work(going_on)
     assert cluster.picture() == before
 
