@@ -28,6 +28,8 @@ _BY_ERRNO: dict[int, type[errors.CephError]] = {
     errno.ENOTCONN: errors.Unreachable,
     # A write to an image that we opened for writing: librbd could not get its lock from a cluster that does not answer.
     errno.EROFS: errors.Unreachable,
+    # An answer that did not come, taken for one that cannot be read, over an image that was open before.
+    errno.EBADMSG: errors.Unreachable,
     errno.ESHUTDOWN: errors.Blocklisted,
     errno.ECANCELED: errors.CephError,
 }

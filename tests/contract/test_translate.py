@@ -117,6 +117,11 @@ def test_sign_does_not_matter(number: int, meaning: type[errors.CephError], sign
     assert translate.class_for(sign * number) is meaning
 
 
+def test_a_number_without_a_class() -> None:
+    """librbd's "bad message" over an rbd image that was open when the cluster fell silent is no answer."""
+    assert translate.class_for(-errno.EBADMSG) is errors.Unreachable
+
+
 def test_what_is_ours_passes() -> None:
     """An error of ours inside the block is not translated again, and a bug stays a bug."""
     for error in (errors.Cancelled("x"), ZeroDivisionError("y")):
