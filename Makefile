@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := build/venv
 
-.PHONY: demo test test-unit fault-report bench bench-many style sample lab down
+.PHONY: demo test test-unit fault-report bench bench-many bench-policies style sample lab down
 
 demo: lab            ## a real snapshot on real servers, side by side with stock Nova's
 	lab/lab exec 31 python3 /src/demo/demo.py
@@ -26,6 +26,9 @@ style: $(VENV)/ready
 
 bench: lab           ## prints a table and writes build/bench.json; leave the machine alone meanwhile
 	lab/lab exec 31 python3 /src/benchmarks/bench.py
+
+bench-policies: lab  ## each policy of flattening, and deletions; leave the machine alone meanwhile
+	lab/lab exec 31 python3 /src/benchmarks/policies.py
 
 bench-many: lab      ## sixteen snapshots at once beside one; leave the machine alone meanwhile
 	lab/lab exec 31 python3 /src/benchmarks/many.py

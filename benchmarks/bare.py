@@ -17,19 +17,21 @@ FEATURES = (
 PATCH = {"Content-Type": "application/openstack-images-v2.1-json-patch"}
 
 
-def make_active(vms, images, glance, wait_until_active, *, disk, image_id, url, properties):
+def make_active(vms, images, glance, wait_until_active, *, disk, image_id, url, properties, flatten=True):
     """From the disk in pool *vms* to the active Glance image, whose data is in pool *images*.
 
     :param vms: an open ioctx, as *images*.
     :param glance: a keystoneauth adapter with the user's and the service's token.
     :param wait_until_active: told the image's id.
     :param url: of the location.
+    :param flatten: whether the image becomes flat.
     """
     with rbd.Image(vms, disk) as source:
         source.create_snap(image_id)
     rbd.RBD().clone(vms, disk, image_id, images, image_id, features=FEATURES)
     with rbd.Image(images, image_id) as clone:
-        clone.flatten()
+        if flatten:
+            clone.flatten()
         clone.create_snap("snap")
         clone.protect_snap("snap")
     record = f"/v2/images/{image_id}"

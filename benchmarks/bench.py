@@ -4,9 +4,10 @@
 *seconds* run from the moment nova-compute begins the snapshot ("instance snapshotting" in its log) to the moment the
 image is active; for the bare work from its first call. *done* is when nothing is left to do: for Nova, when the server
 takes the next task; for the bare work, when the snapshot of the disk is removed. All three snapshot the same disks of
-running servers, 10 GB thin, random data written. Nova's configuration is read only when it starts, so stock and
-ours take turns in blocks of a few samples, the bare work one by one between them; the first snapshot after each
-restart does not count. Between two samples the image is deleted and the OSDs come to rest.
+running servers, 10 GB thin, random data written. How long a snapshot waits depends on how long ago the monitors' last
+proposal was, so the samples of each case go evenly round that second. Nova's configuration is read only when it starts,
+so stock and ours take turns in blocks of a few samples, the bare work one by one between them; the first snapshot after
+each restart does not count. Between two samples the image is deleted and the OSDs come to rest.
 
 By default Glance reads and hashes every image that was registered by POST locations, once it is active: no part of
 any *seconds*, but for a 10 GB disk a minute of work beside the next samples. The benchmark switches it off meanwhile
@@ -19,13 +20,12 @@ import importlib.metadata
 import json
 import os
 import pathlib
-import random
 import statistics
 import sys
 import time
 
 import bare
-from cloud import GIB, MIB, Cloud, NotAsAsked, Timing
+from cloud import GIB, MIB, PROPOSAL_SECONDS, Cloud, NotAsAsked, Timing
 
 RESULT = pathlib.Path(__file__).parents[1] / "build" / "bench.json"
 SIZES = {"64 MiB": 64 * MIB, "1 GiB": GIB, "3 GiB": 3 * GIB}
@@ -38,7 +38,7 @@ ENGINE_LIMIT = 96 * MIB
 BARE_FACTOR = 1.1
 
 
-def measure_bare(cloud, glance, server_id):
+def measure_bare(cloud, glance, server_id, *, flatten=True):
     """One run of the bare work."""
     record = glance.post("/v2/images", json={"name": "bench", "visibility": "private"}).json()
     disk, image_id = cloud.disk(server_id), record["id"]
@@ -54,7 +54,7 @@ def measure_bare(cloud, glance, server_id):
     began = time.monotonic()
     bare.make_active(
         cloud.vms, cloud.images, glance, cloud.wait_until_active,
-        disk=disk, image_id=image_id, url=url, properties=properties,
+        disk=disk, image_id=image_id, url=url, properties=properties, flatten=flatten,
     )  # fmt: skip
     active = time.monotonic()
     bare.remove_source(cloud.vms, disk=disk, image_id=image_id)
@@ -77,6 +77,7 @@ class Bench:
         self.glance = cloud.glance_as_nova()
         self.servers = {}
         self.timings = {(case, size): [] for case in CASES for size in SIZES}
+        self.samples = 1
 
     def boot(self):
         for size, count in SIZES.items():
@@ -90,6 +91,8 @@ class Bench:
     def sample(self, case, size):
         self.cloud.check_room()
         server_id = self.servers[size]
+        self.cloud.await_proposal()
+        time.sleep((len(self.timings[case, size]) % self.samples) / self.samples * PROPOSAL_SECONDS)
         if case == "bare":
             timing = measure_bare(self.cloud, self.glance, server_id)
         else:
@@ -98,8 +101,6 @@ class Bench:
             raise NotAsAsked("Glance hashes")
         self.cloud.delete_image(timing.image_id)
         self.cloud.wait_until_trimmed()
-        # Where in the monitors' interval the next one begins is luck, and shall be luck for all.
-        time.sleep(random.random())
         return timing
 
     def block(self, case, count):
@@ -117,6 +118,7 @@ class Bench:
         self.timings[case, size].append(self.sample(case, size))
 
     def run(self, samples):
+        self.samples = samples
         while samples > 0:
             count = min(samples, SAMPLES_PER_BLOCK)
             self.block("stock", count)

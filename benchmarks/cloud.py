@@ -8,6 +8,7 @@ read every few milliseconds. Asking the APIs that often would take a core away f
 import configparser
 import contextlib
 import datetime
+import os
 import pathlib
 import re
 import shutil
@@ -24,6 +25,9 @@ from keystoneauth1 import exceptions as ksa_exceptions
 
 MIB = 1 << 20
 GIB = 1 << 30
+
+#: Ceph's paxos_propose_interval.
+PROPOSAL_SECONDS = 1.0
 
 LEDGER = "nova_rbd_snap.ledger"
 #: Guests begin with a boot sector that halts them; data is written behind it.
@@ -89,11 +93,13 @@ class Cloud:
 
     # -- nova-compute --------------------------------------------------------------------------------------------
 
-    def restart_nova_compute(self, *, enabled):
-        """Restart it with our driver, and our way of snapshots on or off."""
-        _NOVA_CONF.write_text(
-            f"[DEFAULT]\ncompute_driver = rbd_snap.LibvirtDriver\n[rbd_snap]\nenabled = {str(enabled).lower()}\n"
-        )
+    def restart_nova_compute(self, *, enabled, **options):
+        """Restart it with our driver, and our way of snapshots on or off.
+
+        :param options: of ``[rbd_snap]``.
+        """
+        ours = "".join(f"{name} = {value}\n" for name, value in {"enabled": enabled, **options}.items())
+        _NOVA_CONF.write_text(f"[DEFAULT]\ncompute_driver = rbd_snap.LibvirtDriver\n[rbd_snap]\n{ours}")
         subprocess.run(["supervisorctl", "restart", "nova-compute"], check=True, stdout=subprocess.DEVNULL)
         reports = "select report_count from nova.services where topic = %s"
         before = self._value(reports, "compute")
@@ -257,6 +263,17 @@ class Cloud:
                 return [job for job, _ in pairs]
         return []
 
+    def await_proposal(self):
+        """Return just after a proposal of the monitors."""
+        name = "bench-proposal"
+        rbd.RBD().create(self.vms, name, MIB)
+        try:
+            with rbd.Image(self.vms, name) as image:
+                image.create_snap("proposal")
+                image.remove_snap("proposal")
+        finally:
+            rbd.RBD().remove(self.vms, name)
+
     def wait_until_trimmed(self):
         """Wait until the OSDs have removed what deleted snapshots held, which would slow down what is measured next."""
         wait_for(lambda: "snaptrim" not in self.ceph_command("pg stat"), "the OSDs have trimmed", pause=1)
@@ -265,6 +282,51 @@ class Cloud:
     def ceph_command(command):
         """The text a command of the ``ceph`` tool prints."""
         return subprocess.run(["ceph", *command.split()], check=True, capture_output=True, text=True).stdout.strip()
+
+    @contextlib.contextmanager
+    def readers(self):
+        """Within the block Glance may read Nova's pool, as images that are not flat need it."""
+        user = f"client.{self.vms_pool.replace('vms', 'glance')}"
+        text = self.ceph_command(f"auth get {user}")
+        before = re.findall(r'caps (\w+) = "(.*)"', text)
+        reads = f", profile rbd-read-only pool={self.vms_pool}"
+        self._set_caps(user, [(name, value + (reads if name == "osd" else "")) for name, value in before])
+        self._restart_glance()
+        try:
+            yield
+        finally:
+            self._set_caps(user, before)
+            self._restart_glance()
+
+    @staticmethod
+    def _set_caps(user, caps):
+        words = [word for pair in caps for word in pair]
+        subprocess.run(["ceph", "auth", "caps", user, *words], check=True, capture_output=True)
+
+    @contextlib.contextmanager
+    def proposing_every(self, seconds):
+        """Within the block the monitors take so long between two proposals at least."""
+        self.ceph_command(f"config set mon paxos_propose_interval {seconds}")
+        try:
+            yield
+        finally:
+            self.ceph_command("config rm mon paxos_propose_interval")
+
+    @contextlib.contextmanager
+    def flavor(self, name, gigabytes):
+        """Within the block there is a flavor with a disk of that size."""
+        admin = openstack.connect(cloud="admin")
+        flavor = admin.compute.create_flavor(name=name, ram=128, vcpus=1, disk=gigabytes)
+        try:
+            yield
+        finally:
+            admin.compute.delete_flavor(flavor)
+
+    @staticmethod
+    def purge():
+        """Clear away what deleted images that were not flat have left."""
+        command = ["python3", "-m", "nova_rbd_snap.cli", "--config-file", "/etc/nova/nova.conf", "trash", "purge"]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": "/src"})
 
     # -- Glance as Nova talks to it ------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from typing import Any, Optional
 from oslo_config import cfg
 
 from nova_rbd_snap.flatten.bounds import Bounds
+from nova_rbd_snap.flatten.means import MANAGER, WORKER
 from nova_rbd_snap.ledger.job import BACKGROUND, INLINE, NEVER
 
 GROUP = cfg.OptGroup(
@@ -66,23 +67,43 @@ OPTIONS = [
     ),
     cfg.ListOpt(
         "flatten_overrides",
-        default=["flavor", "image"],
+        default=["flavor"],
         item_type=cfg.types.String(choices=("flavor", "image")),
         help="What may choose another 'flatten' for a server: the extra spec rbd_snap:flatten of its flavor, the "
-        "property rbd_snap_flatten of its image. The flavor's counts where both do. Empty: nothing may.",
+        "property rbd_snap_flatten of its image, which tenants may set. The flavor's counts where both do. Empty: none "
+        "may.",
+    ),
+    cfg.StrOpt(
+        "flatten_engine",
+        default=WORKER,
+        choices=[
+            (WORKER, "the hosts that do the job"),
+            (MANAGER, "the Ceph manager, whose queue takes one rbd image of the whole cluster after the other"),
+        ],
+        help="Who copies the data of an image that is flattened in the background. The manager of some builds of Ceph "
+        "18 dies of such a task, and of the same one again at each start: try 'ceph rbd task add flatten' first.",
+    ),
+    cfg.IntOpt(
+        "never_max_used_percent",
+        default=80,
+        min=0,
+        max=100,
+        help="With flatten = never: from so much of Nova's pool in use on, images are flattened in the background all "
+        "the same, for disks of deleted servers fill it. 100 for never doing so.",
     ),
     cfg.IntOpt(
         "flatten_workers",
         default=1,
         min=0,
         help="How many images this host flattens in the background at once; 0 leaves that to other hosts, and to "
-        "'nova-rbd-snap worker'.",
+        "'nova-rbd-snap worker'. Disks of deleted servers it removes all the same.",
     ),
     cfg.IntOpt(
         "flatten_limit",
         default=4,
         min=1,
-        help="How many images are flattened in the background at once in the whole cloud. The same on every host.",
+        help="How many images are flattened in the background at once in the whole cloud, and how many disks of "
+        "deleted servers removed. The same on every host.",
     ),
     cfg.StrOpt(
         "delete",
@@ -191,6 +212,8 @@ class Settings:
     glance_data_pool: Optional[str]
     clone_format: int
     flatten: str
+    flatten_engine: str
+    never_max_used_percent: int
     flatten_workers: int
     flatten_limit: int
     bounds: Bounds
@@ -216,6 +239,8 @@ class Settings:
             glance_data_pool=ours.glance_data_pool,
             clone_format=ours.clone_format,
             flatten=ours.flatten,
+            flatten_engine=ours.flatten_engine,
+            never_max_used_percent=ours.never_max_used_percent,
             flatten_workers=ours.flatten_workers,
             flatten_limit=ours.flatten_limit,
             bounds=Bounds(

@@ -9,6 +9,8 @@
     ├── GuestSilent         QEMU does not answer, and would be cut off from its disk by a snapshot
     ├── NotQuiesced         the guest could not be held still, which its image requires
     ├── StillAtWork         a disk that is to be removed is needed by a job of ours that does not come to its end
+    ├── NotReadable         Glance cannot read an image that is not flat
+    ├── Later               work that nobody waits for is to go on later
     ├── CephError           a librados or librbd call failed
     │   ├── Missing         pool, rbd image or snapshot does not exist (of a removal: says nothing, look again)
     │   ├── AlreadyThere    the thing to be made exists, and this call did not make it
@@ -29,6 +31,7 @@
     │   ├── EngineUnavailable   cannot be started, or waits before it is started again
     │   └── EngineLost      ended while it worked; what it did is in the ledger
     │       └── EngineStuck was ended because it made no progress
+    ├── NovaSilent          Nova's API did not say whether there is a server
     └── GlanceError         registering the image
         ├── RecordGone      the image record was deleted
         ├── NotAuthorized   the token is not accepted (401)
@@ -110,6 +113,23 @@ class StillAtWork(SnapError):
 
     remedy = "'nova-rbd-snap job list' tells what is in its way; delete the server again once the job is gone"
     may_fall_back = False
+
+
+class NotReadable(SnapError):
+    """Glance cannot read an image that is not flat."""
+
+    remedy = "give the readers' Ceph users the capabilities that 'nova-rbd-snap caps' prints, or set flatten = inline"
+
+
+class Later(SnapError):
+    """Work that nobody waits for is to go on later; the message is for people.
+
+    :ivar seconds: how much later.
+    """
+
+    def __init__(self, message: str, seconds: float = 60.0) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 class CephError(SnapError):
@@ -210,6 +230,10 @@ class EngineStuck(EngineLost):
 
     remedy = Unreachable.remedy
     may_fall_back = False
+
+
+class NovaSilent(SnapError):
+    """Nova's API did not say whether there is a server."""
 
 
 class GlanceError(SnapError):

@@ -83,6 +83,19 @@ class TrashInfo:
     kept_until: float
 
 
+@dataclass(frozen=True)
+class FlattenTask:
+    """A flatten in the queue of the Ceph manager.
+
+    :ivar done: how much of it is, from 0 to 1.
+    :ivar failure: what its last attempt failed of, if it did; the manager tries again by itself.
+    """
+
+    id: str
+    done: float = 0.0
+    failure: str = ""
+
+
 class Cluster(Protocol):
     """One connection to one cluster as one user."""
 
@@ -126,6 +139,15 @@ class Cluster(Protocol):
 
         :raises Missing: no such rbd image.
         """
+
+    def used(self, pool: str) -> float:
+        """How full *pool* is, from 0 to 1: of what the cluster or its quota leaves it.
+
+        :raises Missing: no such pool.
+        """
+
+    def strain(self) -> Optional[str]:
+        """Why work that nobody waits for should wait: the cluster is slow, or copies what lacks a copy; for people."""
 
     def usual_data_pool(self, pool: str) -> Optional[str]:
         """The data pool of the rbd images that are in *pool*, judged by one of them; None without one."""
@@ -173,7 +195,10 @@ class Cluster(Protocol):
         :raises Missing: no such snapshot.
         """
 
-    def clone(self, snap: SnapSpec, dest: ImageSpec, data_pool: Optional[str]) -> str:
+    def create(self, image: ImageSpec, data: bytes) -> None:
+        """Make an rbd image of *data*, some blocks of 512 bytes. :raises AlreadyThere: there is one of that name."""
+
+    def clone(self, snap: SnapSpec, dest: ImageSpec, data_pool: Optional[str], *, object_map: bool = True) -> str:
         """Make *dest* a copy-on-write child of *snap*, able to be deep-flattened; returns the id of *dest*.
 
         A call that did not return may leave a half-made rbd image under the name (``docs/design/ceph.rst``).
@@ -181,20 +206,37 @@ class Cluster(Protocol):
 
         :param data_pool: where the data of *dest* is to lie; None for what the cluster's options say, which may not be
             the pool of *dest*.
+        :param object_map: whether *dest* may keep a map of its objects. With one, who has a snapshot of it open reads
+            zeros once it was flattened (``docs/design/ceph.rst``).
         :raises AlreadyThere: *dest* exists.
         """
 
     def flatten(self, image: ImageSpec, on_progress: OnProgress) -> ImageInfo:
         """Copy what is still only in the parent and cut the link, for the snapshots of *image*, too.
 
-        To be repeated only after :meth:`rebuild_object_map`, or data may be lost (``docs/design/ceph.rst``).
+        Over an object map a flatten must not be repeated, or data may be lost (``docs/design/ceph.rst``).
 
         :returns: what it is then.
         :raises Cancelled: *on_progress* asked to stop; the parent is kept.
         """
 
-    def rebuild_object_map(self, image: ImageSpec) -> None:
-        """Look again which objects there are, where the rbd image keeps a map of them."""
+    def queue_flatten(self, image: ImageSpec) -> FlattenTask:
+        """Have the Ceph manager do as :meth:`flatten` does; returns the task that there is already, where there is one.
+
+        :raises Missing: no such rbd image, or it has no parent.
+        """
+
+    def flatten_task(self, image: ImageSpec) -> Optional[FlattenTask]:
+        """The manager's task of flattening *image*; None where it has none: done, given up, or never queued."""
+
+    def cancel_task(self, task_id: str) -> None:
+        """Have the manager drop a task, in the middle if need be. :raises Missing: it has no such task."""
+
+    def drop_object_map(self, image: ImageSpec) -> None:
+        """Take the map of its objects away, where it has one."""
+
+    def give_object_map(self, image: ImageSpec) -> None:
+        """Give it the map that :meth:`clone` left out, as far as the cluster's options want one, for snapshots, too."""
 
     def remove(self, image: ImageSpec, on_progress: Optional[Callable[[int, int], object]] = None) -> None:
         """Remove a whole or half-made rbd image.
@@ -221,6 +263,13 @@ class Cluster(Protocol):
     def children_of_trashed(self, pool: str, image_id: str) -> list[ImageSpec]:
         """The clones that depend on an rbd image in the trash. :raises Missing: no such rbd image there."""
 
+    def remove_snap_of_trashed(self, pool: str, image_id: str, name: str) -> None:
+        """Remove a snapshot, protected or not, of an rbd image in the trash.
+
+        :raises Missing: no such rbd image there, or no such snapshot of it.
+        :raises Busy: clones depend on it.
+        """
+
     def remove_trashed(self, pool: str, image_id: str) -> None:
         """Remove an rbd image from the trash for good, whatever it is kept for.
 
@@ -234,6 +283,9 @@ class Cluster(Protocol):
 
         Bytes that are no UTF-8 are shown escaped; :meth:`omap_replace` does not take that for what is there.
         """
+
+    def omap_item(self, pool: str, name: str, key: str) -> Optional[str]:
+        """What *key* has in the RADOS object *name*, as :meth:`omap_items` tells; None where there is no such key."""
 
     def omap_replace(self, pool: str, name: str, key: str, old: Optional[str], new: Optional[str]) -> None:
         """Set *key* to *new*, or remove it, in one step and only while it is *old* (None: absent).

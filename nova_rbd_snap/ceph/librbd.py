@@ -21,8 +21,8 @@ import rados
 import rbd
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.ceph import lease, translate, trash
-from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo, TrashInfo, one_client
+from nova_rbd_snap.ceph import lease, reports, translate, trash
+from nova_rbd_snap.ceph.interface import FlattenTask, ImageInfo, OnProgress, SnapInfo, TrashInfo, one_client
 from nova_rbd_snap.specs import ImageSpec, SnapSpec, client_address
 
 _OMAP_PAGE = 1000
@@ -32,6 +32,7 @@ _SIGN_OF_LIFE_SECONDS = 5
 _EXCLUSIVE_LOCK = "auto "
 #: What goes by the map of an rbd image's objects.
 _MAP_FEATURES = rbd.RBD_FEATURE_OBJECT_MAP | rbd.RBD_FEATURE_FAST_DIFF
+_MAP_IS_WRONG = rbd.RBD_FLAG_OBJECT_MAP_INVALID | rbd.RBD_FLAG_FAST_DIFF_INVALID
 _OF_USERS = rbd.RBD_SNAP_NAMESPACE_TYPE_USER
 #: Longer than anything that was frozen may be frozen and still be expected to wake.
 _FENCE_SECONDS = 24 * 3600
@@ -326,12 +327,17 @@ class LibrbdCluster:
         with self._image(image, f"remove snapshot {snap_id} of {image}") as opened:
             opened.remove_snap_by_id(snap_id)
 
-    def clone(self, snap: SnapSpec, dest: ImageSpec, data_pool: Optional[str]) -> str:
+    def create(self, image: ImageSpec, data: bytes) -> None:
+        with _translated(f"create {image}"), self._pool(image.pool) as ioctx:
+            rbd.RBD().create(ioctx, image.name, len(data), old_format=False, features=self._clone_features())
+            with rbd.Image(ioctx, image.name) as opened:
+                opened.write(data, 0)
+
+    def clone(self, snap: SnapSpec, dest: ImageSpec, data_pool: Optional[str], *, object_map: bool = True) -> str:
         source = snap.image
+        features = self._clone_features() & ~(0 if object_map else _MAP_FEATURES)
         with _translated(f"clone {snap} to {dest}"), self._pool(source.pool) as src, self._pool(dest.pool) as dst:
-            rbd.RBD().clone(
-                src, source.name, snap.name, dst, dest.name, features=self._clone_features(), data_pool=data_pool
-            )
+            rbd.RBD().clone(src, source.name, snap.name, dst, dest.name, features=features, data_pool=data_pool)
             return self._id(dst, dest.name)
 
     @staticmethod
@@ -364,18 +370,54 @@ class LibrbdCluster:
                     raise
             return self._info(image.pool, opened)
 
-    def rebuild_object_map(self, image: ImageSpec) -> None:
-        with self._image(image, f"rebuild the object map of {image}") as opened:
-            has = opened.features() & _MAP_FEATURES
-            if not has:
+    def queue_flatten(self, image: ImageSpec) -> FlattenTask:
+        return reports.decode_task(self._tell_manager("add flatten", image_spec=str(image)))
+
+    def flatten_task(self, image: ImageSpec) -> Optional[FlattenTask]:
+        return reports.flatten_task(self._tell_manager("list"), image)
+
+    def cancel_task(self, task_id: str) -> None:
+        self._tell_manager("cancel", task_id=task_id)
+
+    def _tell_manager(self, what: str, **arguments: str) -> Any:
+        return self._command(self._rados.mgr_command, f"rbd task {what}", **arguments)
+
+    def _command(self, tell: Callable[..., tuple[int, bytes, str]], prefix: str, **arguments: str) -> Any:
+        """What a daemon answers to a command."""
+        doing = " ".join((prefix, *arguments.values()))
+        with _translated(doing):
+            code, answer, text = tell(json.dumps({"prefix": prefix, "format": "json", **arguments}), b"")
+        if code:
+            raise translate.class_for(code)(f"{doing}: {text or errno.errorcode.get(abs(code), code)}")
+        return json.loads(answer) if answer else None
+
+    def used(self, pool: str) -> float:
+        share = reports.used(self._command(self._rados.mon_command, "df", detail="detail"), pool)
+        if share is None:
+            raise errors.Missing(f"no pool {pool}")
+        return share
+
+    def strain(self) -> Optional[str]:
+        return reports.strain(self._command(self._rados.mon_command, "status"))
+
+    def drop_object_map(self, image: ImageSpec) -> None:
+        with self._image(image, f"take the object map of {image} away") as opened:
+            if opened.features() & _MAP_FEATURES:
+                opened.update_features(opened.features() & _MAP_FEATURES, False)
+
+    def give_object_map(self, image: ImageSpec) -> None:
+        with self._image(image, f"give {image} an object map") as opened:
+            wanted = self._clone_features() & _MAP_FEATURES
+            if wanted & ~opened.features():
+                opened.update_features(wanted & ~opened.features(), True)
+            if not wanted or not opened.flags() & _MAP_IS_WRONG:
                 return
-            # Rebuilding alone leaves objects in the map that are not there (observed on 16.2.15).
-            opened.update_features(has, False)
-            opened.update_features(has, True)
+            snaps = [snap["name"] for snap in opened.list_snaps() if snap["namespace"] == _OF_USERS]
             opened.rebuild_object_map()
-            for snap in [snap["name"] for snap in opened.list_snaps() if snap["namespace"] == _OF_USERS]:
+            for snap in snaps:
                 opened.set_snap(snap)
                 opened.rebuild_object_map()
+            opened.set_snap(None)
 
     @contextlib.contextmanager
     def _removing(self, doing: str, image: ImageSpec) -> Iterator[Any]:
@@ -416,6 +458,19 @@ class LibrbdCluster:
                     found += [ImageSpec(child["pool"], child["image"]) for child in opened.list_children2()]
         return found
 
+    def remove_snap_of_trashed(self, pool: str, image_id: str, name: str) -> None:
+        snap = f"snapshot {name} of {image_id} in the trash of pool {pool}"
+        with _translated(f"remove {snap}"), self._pool(pool) as ioctx:
+            opened = rbd.Image(ioctx, image_id=image_id)
+            with opened:
+                opened.set_snap(name)
+                if list(opened.list_children2()):
+                    raise errors.Busy(f"{snap} has clones")
+                opened.set_snap(None)
+                if opened.is_protected_snap(name):
+                    opened.unprotect_snap(name)
+                opened.remove_snap(name)
+
     def remove_trashed(self, pool: str, image_id: str) -> None:
         with _translated(f"remove {image_id} from the trash of pool {pool}"), self._pool(pool) as ioctx:
             rbd.RBD().trash_remove(ioctx, image_id, True)
@@ -423,6 +478,16 @@ class LibrbdCluster:
     def omap_items(self, pool: str, name: str) -> dict[str, str]:
         with _translated(f"read {pool}/{name}"), self._pool(pool) as ioctx:
             return {_text(key): _text(value) for key, value in self._omap(ioctx, name).items()}
+
+    def omap_item(self, pool: str, name: str, key: str) -> Optional[str]:
+        doing = f"read {key} in {pool}/{name}"
+        with _translated(doing), self._pool(pool) as ioctx, rados.ReadOpCtx() as operation:
+            pairs, _ = ioctx.get_omap_vals_by_keys(operation, (key,))
+            with contextlib.suppress(rados.ObjectNotFound):
+                ioctx.operate_read_op(operation, name)
+                for _, value in pairs:
+                    return _text(value)
+        return None
 
     def _omap(self, ioctx: Any, name: str) -> dict[bytes, bytes]:
         """All pairs; none where there is no object."""

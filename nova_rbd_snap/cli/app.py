@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any, Callable, Union
 
-from cliff import app, commandmanager, lister
+from cliff import app, command, commandmanager, lister
 
 from nova_rbd_snap import conf, errors
 from nova_rbd_snap.ledger.job import Owner
@@ -34,8 +34,8 @@ class App(app.App):
 
         # By name, not by entry point: they are there wherever the module is.
         manager = commandmanager.CommandManager("")
-        for name, command in commands.COMMANDS.items():
-            manager.add_command(name, command)
+        for name, cls in commands.COMMANDS.items():
+            manager.add_command(name, cls)
         about = "What nova-rbd-snap and stock Nova have left, listed and cleared away."
         super().__init__(about, _version(), manager, deferred_help=True)
 
@@ -96,19 +96,14 @@ def glance_pools(settings: conf.Settings, parsed_args: argparse.Namespace) -> li
     return list(dict.fromkeys(pool for pool in (settings.glance_pool, *parsed_args.glance_pool) if pool))
 
 
-class Command(lister.Lister):
-    """Something to do, answered by a table, or by what ``-f`` asks for.
+class Silent(command.Command):
+    """Something to do that fails in a sentence."""
 
-    :cvar columns: of the table.
-    """
-
-    columns: Sequence[str] = ()
     app_args: argparse.Namespace
 
     def run(self, parsed_args: argparse.Namespace) -> int:
         self._stays = False
         try:
-            self._check_columns(parsed_args)
             super().run(parsed_args)
         except (BrokenPipeError, KeyboardInterrupt):
             raise
@@ -119,6 +114,23 @@ class Command(lister.Lister):
             return 2
         return 1 if self._stays else 0
 
+    def configuration(self) -> tuple[Any, conf.Settings]:
+        """As :func:`configuration`."""
+        return configuration(self.app_args)
+
+    def stays(self) -> None:
+        """Note that something that was to go stays."""
+        self._stays = True
+
+
+class Command(Silent, lister.Lister):
+    """The same, answered by a table, or by what ``-f`` asks for.
+
+    :cvar columns: of the table.
+    """
+
+    columns: Sequence[str] = ()
+
     def _check_columns(self, parsed_args: argparse.Namespace) -> None:
         """cliff would complain when all is done, instead of telling what was done."""
         known = {column.lower().replace(" ", "_") for column in self.columns}
@@ -127,6 +139,7 @@ class Command(lister.Lister):
                 raise conf.BadOption(f"there is no column {column!r}, but {', '.join(self.columns)}")
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Sequence[str], list[tuple[Cell, ...]]]:
+        self._check_columns(parsed_args)
         told = []
         try:
             for row in self.rows(parsed_args):
@@ -144,14 +157,6 @@ class Command(lister.Lister):
     def rows(self, parsed_args: argparse.Namespace) -> Iterable[tuple[Cell, ...]]:
         """Do it, and tell, in :attr:`columns`."""
         raise NotImplementedError
-
-    def configuration(self) -> tuple[Any, conf.Settings]:
-        """As :func:`configuration`."""
-        return configuration(self.app_args)
-
-    def stays(self) -> None:
-        """Note that something that was to go stays."""
-        self._stays = True
 
 
 def _sentence(error: Exception) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nova_rbd_snap import conf, errors
-from nova_rbd_snap.cli import images
+from nova_rbd_snap.cli import caps, images
 from nova_rbd_snap.cli.app import Cell, Command, add_glance_pool, glance_pools, owner
 from nova_rbd_snap.cli.machine import LocalMachine
 from nova_rbd_snap.engine import wiring
@@ -75,11 +75,21 @@ class Sweep(Command):
             except Exception as error:  # an option of keystone's that cannot be read, a plugin that is not there …
                 raise errors.GlanceSilent(f"cannot ask Glance: {type(error).__name__}: {error}") from error
 
+        @functools.cache
+        def nova() -> Any:
+            try:
+                return wiring.nova(nova_conf, settings)
+            except errors.SnapError:
+                raise
+            except Exception as error:  # as above
+                raise errors.NovaSilent(f"cannot ask Nova: {type(error).__name__}: {error}") from error
+
         return Scene(
             cluster=wiring.connect(settings),
             pool=settings.pool,
             glance_pools=glance_pools(settings, parsed_args),
             glance=glance,
+            nova=nova,
             machine=LocalMachine(settings.snapshots_directory),
             now=time.time(),
             older_than_seconds=parsed_args.older_than * 3600,
@@ -131,7 +141,7 @@ class JobReclaim(Command):
         engine = wiring.engine(nova_conf, settings, owner("operator", cloud))
         for job_id in dict.fromkeys(parsed_args.ids):
             try:
-                became = engine.end(job_id)
+                became = engine.end(job_id, conf.cloud(nova_conf))
             except errors.Unreachable:
                 raise  # so is the next one's
             except errors.SnapError as error:  # the next one may fare better
@@ -150,4 +160,5 @@ COMMANDS: dict[str, Any] = {
     "trash list": images.TrashList,
     "trash purge": images.TrashPurge,
     "worker": images.Worker,
+    "caps": caps.Caps,
 }

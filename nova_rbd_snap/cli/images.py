@@ -10,11 +10,9 @@ import time
 from collections.abc import Iterator
 from typing import Optional
 
-from cliff import command
-
 from nova_rbd_snap import conf, errors
 from nova_rbd_snap.ceph.interface import Cluster
-from nova_rbd_snap.cli.app import Cell, Command, add_glance_pool, configuration, glance_pools, owner
+from nova_rbd_snap.cli.app import Cell, Command, Silent, add_glance_pool, glance_pools, owner
 from nova_rbd_snap.engine import wiring
 from nova_rbd_snap.flatten.queue import Shared, queue_image, shared_images
 from nova_rbd_snap.janitor import parents
@@ -59,7 +57,9 @@ def _state(job: Optional[Job]) -> tuple[str, str]:
         return f"at step {job.step}", "its snapshot is under way, see 'job list'"
     if job.step == AT_WORK:
         return f"{job.percent} % flat", f"on {job.owner.host}"
-    return "queued", "; ".join(job.failures)
+    waits = job.not_before > time.time()
+    again = [time.strftime("tried again at %F %T", time.localtime(job.not_before))] if waits else []
+    return "queued", "; ".join([*job.failures, *again])
 
 
 class ImageFlatten(_OfImages):
@@ -117,21 +117,24 @@ class TrashList(Command):
 class TrashPurge(Command):
     """Remove for good what waited in Nova's pool for images that are gone; the engines do so once an hour."""
 
-    columns = ("Removed",)
+    columns = ("What", "Action", "Why")
 
     def rows(self, parsed_args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
-        _, settings = self.configuration()
+        nova_conf, settings = self.configuration()
         wiring.need_bindings()
-        yield from ((what,) for what in parents.clear(wiring.connect(settings), settings.pool, time.time()))
+        pools = [settings.glance_pool] if settings.glance_pool else []
+        images, cluster = wiring.images(nova_conf, settings), wiring.connect(settings)
+        for cleared in parents.clear(cluster, settings.pool, pools, images, time.time()):
+            if cleared.kept:
+                self.stays()
+            yield cleared.what, "kept" if cleared.kept else "removed", cleared.kept
 
 
-class Worker(command.Command):
+class Worker(Silent):
     """Flatten images, and purge disks of deleted servers, until SIGTERM or Ctrl-C. The engines do so, too."""
 
-    app_args: argparse.Namespace
-
     def take_action(self, parsed_args: argparse.Namespace) -> None:
-        nova_conf, settings = configuration(self.app_args)
+        nova_conf, settings = self.configuration()
         wiring.need_bindings()
         engine = wiring.engine(nova_conf, settings, owner("worker", conf.cloud(nova_conf)))
 

@@ -212,6 +212,9 @@ class EngineClient:
         with self._holding(job_id):
             self._call("perform", report, job_id=job_id, snap_before=snap_before)
 
+    def distrust(self, image_id: str) -> None:
+        self._call("distrust", image_id=image_id)
+
     def make_flat(self, image_id: str, report: Report) -> bool:
         with self._holding(image_id):
             return bool(self._call("make_flat", report, image_id=image_id))

@@ -42,6 +42,7 @@ _CALLS = {
     "reserve_freeze": False,
     "perform": True,
     "make_flat": True,
+    "distrust": False,
     "finish": False,
     "rollback": True,
     "leave": False,

@@ -7,8 +7,10 @@ Thread-safe; each call blocks until it is done. Arguments and results are plain 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
+import random
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,17 +21,21 @@ from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster, ImageInfo
 from nova_rbd_snap.conf import Settings
 from nova_rbd_snap.engine import Report, unheard
+from nova_rbd_snap.flatten import means, readers
 from nova_rbd_snap.flatten.bounds import policy_within
 from nova_rbd_snap.flatten.queue import queue_oldest
 from nova_rbd_snap.flatten.task import Flattening
 from nova_rbd_snap.janitor import disks, jobs, parents, purge
 from nova_rbd_snap.ledger.job import (
     AT_WORK,
+    BACKGROUND,
     BACKGROUND_KINDS,
     CLONE,
     FLATTEN,
     FREEZE,
     INLINE,
+    NEVER,
+    PROBE,
     PURGE,
     QUEUED,
     Job,
@@ -48,8 +54,6 @@ _LEASE_FACTOR = 2
 #: The lease of looking for what waits for clones that are gone, and how long it keeps others from looking as well: each
 #: opens all the disks in the pool.
 _PARENTS_LEASE, _PARENTS_SECONDS = "nova_rbd_snap.parents", 3600
-#: How long it is believed that Glance takes no image that is not flat, once it did not take one.
-_READERS_SECONDS = 3600
 #: Seconds between two looks at whether work that is waited for goes on.
 _LOOK_SECONDS = 1.0
 
@@ -88,6 +92,7 @@ class Engine:
         connect: Callable[[], Cluster],
         connect_to_work: Optional[Callable[[], Cluster]] = None,
         images: jobs.Images,
+        scratch: Optional[readers.ScratchImages] = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """
@@ -96,16 +101,16 @@ class Engine:
         :param connect: makes a new connection to the cluster.
         :param connect_to_work: the same for work in the background, which leaves others more room.
         :param images: Glance, asked with the service's own credentials.
+        :param scratch: the same, to see what it can read; None where nobody asks.
         """
         self._settings = settings
         self._owner = owner
         self._connect = connect
         self._connect_to_work = connect_to_work or connect
         self._images = images
+        self._scratch = scratch
         self._clock = clock
         self._state = threading.Condition()
-        #: Until when nothing that is not flat is registered, by the monotonic clock.
-        self._flat_until = 0.0
         self._work_due = threading.Condition()
         self._working = 0
         self._connecting = threading.Lock()
@@ -184,7 +189,7 @@ class Engine:
             if cluster.exists(dest):
                 raise errors.AlreadyThere(f"{dest} exists already and is left alone")
             data_pool = self._data_pool(cluster, dest, info)
-            policy = self._policy(cluster, source, info, flatten or self._settings.flatten)
+            policy = self._policy(cluster, source, dest, info, flatten or self._settings.flatten)
             job = self._job(cluster, image_id, CLONE, source, dest=dest, data_pool=data_pool, flatten=policy)
             location = jobs.location(job, saga.Run(cluster))  # asked first: once the job is reserved nothing may fail
             self._reserve(cluster, job)
@@ -241,7 +246,7 @@ class Engine:
             raise
 
     def make_flat(self, image_id: str, report: Report) -> bool:
-        """Flatten an image that is ready, for Glance does not take it as it is; nor are others, for a while.
+        """Flatten an image that is ready, for Glance does not take it as it is.
 
         :returns: False where it is flat, and Glance has something else against it.
         :raises errors.SnapError: it could not be; nova-compute still has the say.
@@ -251,16 +256,26 @@ class Engine:
             job = self._adopt(ledger.load(image_id), cluster)
             if job.flatten == INLINE:
                 return False
-            LOG.warning(
-                "Snapshots are flattened before they are registered, for %d minutes: Glance could not take image %s as "
-                "it is; as a rule its Ceph user lacks 'profile rbd-read-only' on pool %s",
-                _READERS_SECONDS / 60, image_id, job.disk.pool,
-            )
-            self._flat_until = time.monotonic() + _READERS_SECONDS
-
             run = saga.Run(cluster, work.noting(report), cancelled=lambda: self._stopping)
             ledger.advance(job, flatten=INLINE, **steps.Flatten().do(job, run))
+            cluster.give_object_map(steps.image_of(job))
             return True
+
+    def distrust(self, image_id: str) -> None:
+        """Glance took an image once it was flat, and not before: so it is taken to be with others, until it is seen.
+
+        :raises errors.SnapError: that could not be written down.
+        """
+        with self._connection() as cluster:
+            ledger = self._ledger(cluster)
+            job = ledger.load(image_id)
+            LOG.warning(
+                "Snapshots are flattened before they are registered until Glance is seen to read one that is not: it "
+                "took image %s only then; as a rule its Ceph user lacks 'profile rbd-read-only' on pool %s, see "
+                "'nova-rbd-snap caps'",
+                image_id, job.disk.pool,
+            )
+            readers.distrust(ledger, job.disk.pool, steps.image_of(job).pool, job.owner, self._clock())
 
     def finish(self, image_id: str) -> None:
         """The image is registered and active: as a rule nothing but its job is left to remove.
@@ -359,26 +374,30 @@ class Engine:
         with self._connection() as cluster:
             ledger, run = self._ledger(cluster), saga.Run(cluster, report)
             at_work = {job.id for job in ledger.read().jobs if self._is_mine(job) and not steps.lets_go(job)}
-            discard: disks.Discard = functools.partial(disks.remove_now, run)
-            if self._settings.delete == "trash":
-                discard = functools.partial(self._trash, cluster, ledger, discard)
+            discard = functools.partial(self._discard, run, ledger)
             left = disks.remove_all(self._settings.pool, server, run, discard, at_work)
         self._look_for_work()
         return left
 
-    def _trash(self, cluster: Cluster, ledger: Ledger, instead: disks.Discard, disk: ImageSpec) -> Iterable[str]:
-        """Have the disk removed in the background; what is half-made is removed at once."""
-        try:
-            purge.trash(disk, cluster, ledger, self._owner(cluster.address()), self._clock())
-        except errors.Missing:
-            return instead(disk)
-        return ()
+    def _discard(self, run: saga.Run, ledger: Ledger, disk: ImageSpec, is_needed: bool) -> Iterable[str]:
+        """See :data:`nova_rbd_snap.janitor.disks.Discard`; what images depend on librbd moves to the trash itself."""
+        owner = self._owner(run.cluster.address())
 
-    def end(self, job_id: str) -> str:
+        def trash(disk: ImageSpec) -> None:
+            purge.trash(disk, run, ledger, owner, self._clock())
+
+        if self._settings.delete == "trash" and not is_needed:
+            with contextlib.suppress(errors.Missing):  # half-made, or gone
+                trash(disk)
+                return ()
+        return disks.remove_now(run, trash, disk)
+
+    def end(self, job_id: str, cloud: str) -> str:
         """End a job on an operator's word, whoever's it is: exactly the client that worked on it is cut off first.
 
         One that any worker may do is queued anew, to be done at once.
 
+        :param cloud: whose workers shall do it.
         :returns: what became of it: ended or queued.
         :raises errors.NoRecord: there is no such job.
         :raises errors.Refused: it is another cloud's, and this one's Glance knows nothing of its image.
@@ -392,7 +411,8 @@ class Engine:
             if theirs.kind in BACKGROUND_KINDS:
                 if theirs.step == AT_WORK:
                     self._cut_off(theirs, cluster)
-                ledger.advance(theirs, step=QUEUED, attempts=0, not_before=0.0)
+                owner = dataclasses.replace(theirs.owner, cloud=cloud)
+                ledger.advance(theirs, owner=owner, step=QUEUED, attempts=0, not_before=0.0)
                 return "queued"
             job = self._take_over(theirs, cluster)
             try:
@@ -409,8 +429,26 @@ class Engine:
     def start_own_work(self) -> None:
         """Start, in the background, :meth:`keep_reclaiming`, and :meth:`keep_working` as configured."""
         threading.Thread(target=self.keep_reclaiming, name="reclaim", daemon=True).start()
-        for kind in (PURGE, *[FLATTEN] * self._settings.flatten_workers):
-            threading.Thread(target=self.keep_working, args=[kind], name=kind, daemon=True).start()
+        threading.Thread(target=self.keep_clearing, name="clear", daemon=True).start()
+        threading.Thread(target=self._work_at_once, name="purge", daemon=True).start()
+        for _ in range(self._settings.flatten_workers):
+            threading.Thread(target=self.keep_working, args=[FLATTEN], name="flatten", daemon=True).start()
+
+    def _work_at_once(self) -> None:
+        """What does not take long, and begins with the question whether Glance can read what is not flat."""
+        self._ask_readers()
+        self.keep_working(PROBE, PURGE)
+
+    def _ask_readers(self) -> None:
+        settings = self._settings
+        if settings.flatten == INLINE or settings.clone_format == 1 or not settings.glance_pool:
+            return
+        try:
+            with self._connection() as cluster, contextlib.suppress(errors.LedgerConflict):
+                owner = self._owner(cluster.address())
+                readers.queue(self._ledger(cluster), settings.pool, settings.glance_pool, owner, self._clock())
+        except errors.SnapError as error:  # then it is seen when the first image is registered
+            self._tell("whether Glance can read", f"not asked: {error.report()}")
 
     # -- what earlier work left ----------------------------------------------------------------------------------
 
@@ -427,6 +465,9 @@ class Engine:
         self._told.pop("the ledger", None)
         for key, text in found.strange.items():
             self._tell(f"record {key}", f"left alone: {text}")
+        for job in found.jobs:
+            if job.kind in BACKGROUND_KINDS:
+                self._tell_of_namesake(job)
         for job, failure in self._in_turn(_requests(found.jobs), self._reclaim):
             self._tell(f"job {job.id}", f"stays in the ledger: {failure.report()}")
 
@@ -452,18 +493,30 @@ class Engine:
         """:meth:`reclaim` now and again until the engine is stopped, so that what heals is cleared away by itself."""
         while not self._stopping:
             self.reclaim()
+            self._pause()
+
+    def _pause(self) -> None:
+        with self._state:
+            self._state.wait_for(lambda: self._stopping, self._settings.reclaim_interval)
+
+    def keep_clearing(self) -> None:
+        """:meth:`_clear_parents` now and again until the engine is stopped."""
+        while not self._stopping:
             self._clear_parents()
-            with self._state:
-                self._state.wait_for(lambda: self._stopping, self._settings.reclaim_interval)
+            self._pause()
 
     def _clear_parents(self) -> None:
         """Remove what waits for clones that are gone; a single engine of all does, once in a while."""
         pool = self._settings.pool
+        glance_pools = [self._settings.glance_pool] if self._settings.glance_pool else []
         try:
             with self._connection() as cluster, contextlib.suppress(errors.Busy):
                 cluster.take_lease(pool, _PARENTS_LEASE, _PARENTS_SECONDS)
-                for what in parents.clear(cluster, pool, self._clock()):
-                    LOG.info("Removed %s: nothing depended on it any more", what)
+                for what in parents.clear(cluster, pool, glance_pools, self._images, self._clock()):
+                    if what.kept:
+                        LOG.info("What %s may be kept for in vain is not cleared away now: %s", what.what, what.kept)
+                    else:
+                        LOG.info("Removed %s: nothing depended on it any more", what.what)
         except Exception as error:  # it is tried again
             self._tell("what waits for clones", f"it is not cleared away now: {errors.known(error).report()}")
         else:
@@ -494,8 +547,11 @@ class Engine:
     def _tell_of_namesake(self, job: Job) -> None:
         """A job that may well be ours, of before our configuration, or the machine's id, was changed."""
         us, them = self._owner(job.owner.client), job.owner
-        if them.host == us.host and (them.machine == us.machine or them.cloud == us.cloud):
-            self._tell(f"job {job.id}", f"left alone: of machine {them.machine} of cloud {them.cloud!r}, not ours")
+        if them.host != us.host or (them.machine != us.machine and them.cloud != us.cloud):
+            return
+        if job.kind not in BACKGROUND_KINDS or them.cloud != us.cloud:
+            text = f"left alone: of machine {them.machine} of cloud {them.cloud!r}, not ours; see 'job reclaim'"
+            self._tell(f"job {job.id}", text)
 
     def _tell(self, what: str, text: str) -> None:
         if self._told.get(what) != text:
@@ -509,32 +565,43 @@ class Engine:
 
         :param kinds: of jobs, out of ``ledger.job.BACKGROUND_KINDS``, the most urgent first.
         """
+        # A purge cannot be stopped, and need not be: whoever takes it over goes on.
+        awaited = FLATTEN in kinds
         with self._state:
-            self._working += 1
+            self._working += awaited
         try:
             worker.keep_working(
                 lambda: self._is_work_due(kinds), lambda: self._worker(kinds), lambda: self._stopping, self._await_work
             )
         finally:
             with self._state:
-                self._working -= 1
+                self._working -= awaited
                 self._state.notify_all()
 
     def _is_work_due(self, kinds: Sequence[str]) -> bool:
+        """Whether it is worth a connection of a worker's own."""
+
         def look(cluster: Cluster) -> bool:
             cloud, now = self._owner(cluster.address()).cloud, self._clock()
-            return any(worker.is_due(job, kinds, cloud, now) for job in self._ledger(cluster).read().jobs)
+            due = [job for job in self._ledger(cluster).read().jobs if worker.is_due(job, kinds, cloud, now)]
+            return any(worker.is_free(job, cluster, self._settings.pool) for job in due)
 
         return self._ask(look)
 
     def _worker(self, kinds: Sequence[str]) -> worker.Worker:
         cluster = self._connect_to_work()
-        tasks: dict[str, worker.Task] = {FLATTEN: Flattening(cluster, self._images), PURGE: purge.Purge(cluster)}
+        by = means.of(self._settings.flatten_engine, cluster)
+        tasks: dict[str, worker.Task] = {
+            FLATTEN: Flattening(cluster, self._images, by, self._clock),
+            PURGE: purge.Purge(cluster, self._clock),
+        }
+        if self._scratch is not None:
+            tasks[PROBE] = readers.Probe(cluster, self._scratch, self._clock)
         return worker.Worker(
             cluster,
             self._settings.pool,
             self._owner(cluster.address()),
-            [tasks[kind] for kind in kinds],
+            [tasks[kind] for kind in kinds if kind in tasks],
             limit=self._settings.flatten_limit,
             lease_seconds=_LEASE_FACTOR * self._settings.operation_timeout,
             clock=self._clock,
@@ -543,7 +610,8 @@ class Engine:
     def _await_work(self) -> None:
         with self._work_due:
             if not self._stopping:
-                self._work_due.wait(self._settings.reclaim_interval)
+                # Not in step with all other hosts.
+                self._work_due.wait(self._settings.reclaim_interval * random.uniform(0.8, 1.2))
 
     def _look_for_work(self) -> None:
         with self._work_due:
@@ -761,12 +829,32 @@ class Engine:
         cluster.fence(job.owner.client)
         self._fenced.add(job.owner.client)
 
-    def _policy(self, cluster: Cluster, disk: ImageSpec, info: ImageInfo, wanted: str) -> str:
+    def _policy(self, cluster: Cluster, disk: ImageSpec, dest: ImageSpec, info: ImageInfo, wanted: str) -> str:
         """When the clone is flattened; in format 1 it would keep its server from being deleted until then."""
-        if wanted == INLINE or self._settings.clone_format == 1 or time.monotonic() < self._flat_until:
+        if wanted == INLINE or self._settings.clone_format == 1:
             return INLINE
+        if not readers.are_trusted(self._ledger(cluster), dest.pool):
+            return INLINE
+        if wanted == NEVER and self._is_full(cluster, disk.pool):
+            wanted = BACKGROUND
         depth = 1 + len(cluster.ancestors(disk))
         return policy_within(self._settings.bounds, wanted, depth, info.snap_count)
+
+    def _is_full(self, cluster: Cluster, pool: str) -> bool:
+        """Whether disks of deleted servers would be one thing too many in the pool."""
+        most = self._settings.never_max_used_percent
+        if most == 100:
+            return False
+        try:
+            used = 100 * cluster.used(pool)
+        except errors.NoPermission as error:
+            self._tell("how full the pool is", f"not known, and so taken for little: {error.report()}")
+            return False
+        if used < most:
+            self._told.pop(f"pool {pool}", None)
+            return False
+        self._tell(f"pool {pool}", f"[rbd_snap] never_max_used_percent is reached: images are flattened ({most} %)")
+        return True
 
     def _data_pool(self, cluster: Cluster, dest: ImageSpec, disk: ImageInfo) -> Optional[str]:
         if self._settings.glance_data_pool:

@@ -15,11 +15,13 @@ from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster
 from nova_rbd_snap.conf import Settings
 from nova_rbd_snap.engine.service import Engine
+from nova_rbd_snap.flatten.readers import ScratchImages
 from nova_rbd_snap.janitor.jobs import Images
 from nova_rbd_snap.ledger.job import Owner
 
 if TYPE_CHECKING:
     from nova_rbd_snap.openstack.glance import Glance
+    from nova_rbd_snap.openstack.servers import Servers
 
 
 def need_bindings() -> None:
@@ -59,8 +61,18 @@ def glance(nova_conf: Any, settings: Settings) -> Glance:
     return keystone.glance_as_service(nova_conf, settings)
 
 
-class _Images:
-    """See :class:`nova_rbd_snap.janitor.jobs.Images`; nothing that it takes is imported before the first question."""
+def nova(nova_conf: Any, settings: Settings) -> Servers:
+    """Nova's API as the service's user. :raises errors.NotAuthorized: it cannot be asked about every server."""
+    from nova_rbd_snap.openstack import keystone
+
+    return keystone.nova_as_service(nova_conf, settings)
+
+
+class _Glance:
+    """Glance as the engine asks it; nothing that it takes is imported before the first question.
+
+    See :class:`nova_rbd_snap.janitor.jobs.Images` and :class:`nova_rbd_snap.flatten.readers.ScratchImages`.
+    """
 
     def __init__(self, nova_conf: Any, settings: Settings) -> None:
         self._nova_conf, self._settings = nova_conf, settings
@@ -71,20 +83,40 @@ class _Images:
 
         return registration.Images(lambda: glance(self._nova_conf, self._settings), self._settings.operation_timeout)
 
+    @functools.cached_property
+    def _scratch(self) -> ScratchImages:
+        from nova_rbd_snap.openstack import scratch
+
+        timeout = self._settings.operation_timeout
+        return scratch.ScratchImages(lambda: glance(self._nova_conf, self._settings), timeout)
+
     def uses(self, image_id: str, url: str) -> Optional[bool]:
         return self._images.uses(image_id, url)
 
     def settle(self, image_id: str, url: str, server: str) -> Optional[bool]:
         return self._images.settle(image_id, url, server)
 
+    def read(self, image_id: str, url: str) -> bytes:
+        return self._scratch.read(image_id, url)
+
+    def delete(self, image_id: str) -> None:
+        self._scratch.delete(image_id)
+
+
+def images(nova_conf: Any, settings: Settings) -> Images:
+    """Glance's word on images, asked as the service's user once it is needed."""
+    return _Glance(nova_conf, settings)
+
 
 def engine(nova_conf: Any, settings: Settings, owner: Callable[[str], Owner], held: Iterable[str] = ()) -> Engine:
     """An engine for *owner*; see :class:`Engine`."""
+    asked = _Glance(nova_conf, settings)
     return Engine(
         settings,
         owner,
         held=held,
         connect=lambda: connect(settings),
         connect_to_work=lambda: connect(settings, _FLATTEN_OBJECTS),
-        images=_Images(nova_conf, settings),
+        images=asked,
+        scratch=asked,
     )

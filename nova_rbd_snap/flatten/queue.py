@@ -13,7 +13,7 @@ from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster
 from nova_rbd_snap.ledger.job import BACKGROUND, FLATTEN, QUEUED, SNAP_PREFIX, Job, Owner
 from nova_rbd_snap.ledger.store import Ledger
-from nova_rbd_snap.specs import UUID, ImageSpec
+from nova_rbd_snap.specs import GLANCE_SNAP, UUID, ImageSpec
 
 _IMAGE, _DISK = re.compile(UUID), re.compile(f"{UUID}_.+")
 
@@ -34,7 +34,10 @@ class Shared:
 
 
 def shared_images(cluster: Cluster, pool: str, glance_pools: Iterable[str]) -> Iterator[Shared]:
-    """The images that are clones of servers' disks in *pool*; each rbd image in Glance's pools is opened."""
+    """The images that are clones of servers' disks in *pool*; each rbd image in Glance's pools is opened.
+
+    Not what is not sealed: it is no image yet, and whoever makes it may be flattening it.
+    """
     for glance_pool in glance_pools:
         for name in cluster.images(glance_pool):
             found = shared(cluster, ImageSpec(glance_pool, name)) if _IMAGE.fullmatch(name) else None
@@ -43,10 +46,12 @@ def shared_images(cluster: Cluster, pool: str, glance_pools: Iterable[str]) -> I
 
 
 def shared(cluster: Cluster, image: ImageSpec) -> Optional[Shared]:
-    """The image, if it is a clone of a server's disk."""
+    """The image, if it is one, and a clone of a server's disk."""
     try:
         info = cluster.lookup(image)
         if info.parent is None or not _DISK.fullmatch(info.parent.image.name):
+            return None
+        if not any(snap.name == GLANCE_SNAP and snap.protected for snap in cluster.snaps(image)):
             return None
         return Shared(image, info.parent.image, info.id, len(cluster.ancestors(image)))
     except errors.Missing:
@@ -81,16 +86,13 @@ def queue_image(found: Shared, ledger: Ledger, owner: Owner, now: float) -> None
 
 def queue_oldest(disk: ImageSpec, cluster: Cluster, ledger: Ledger, owner: Owner, now: float) -> None:
     """Have the oldest image flattened that depends on the disk, and has no job yet; as :func:`queue_image`."""
-    for found in _images_of(disk, cluster):
-        with contextlib.suppress(errors.LedgerConflict):
-            queue_image(found, ledger, owner, now)
-            return
-
-
-def _images_of(disk: ImageSpec, cluster: Cluster) -> Iterator[Shared]:
-    """The images that our snapshots of the disk were taken for, and that still depend on it; the oldest first."""
+    have_jobs = {job.id for job in ledger.read().jobs}
     for snap in cluster.snaps(disk):
-        with contextlib.suppress(errors.Missing):
-            for child in cluster.children(disk, snap.id) if snap.trashed else ():
-                if snap.name == f"{SNAP_PREFIX}{child.name}" and (found := shared(cluster, child)) is not None:
-                    yield found
+        name = snap.name.removeprefix(SNAP_PREFIX)
+        if name == snap.name or name in have_jobs:
+            continue
+        with contextlib.suppress(errors.Missing, errors.LedgerConflict):
+            for child in cluster.children(disk, snap.id):
+                if child.name == name and (found := shared(cluster, child)) is not None:
+                    queue_image(found, ledger, owner, now)
+                    return

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import itertools
 import logging
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import Callable
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster
+from nova_rbd_snap.flatten.means import Means
 from nova_rbd_snap.janitor import jobs
 from nova_rbd_snap.ledger.job import FLATTEN, Job
 from nova_rbd_snap.snapshot import saga, steps
@@ -28,6 +30,15 @@ LOG = logging.getLogger(__name__)
 
 #: Seconds between two looks at whether the image is being deleted.
 _LOOK_SECONDS = 1.0
+#: Every how many looks the cluster is asked how it fares, and how long it is left alone.
+_STRAIN_LOOKS, _STRAIN_SECONDS = 10, 60.0
+#: How soon a flatten that failed is tried again over an image that is without its snapshot.
+_HURRY_SECONDS = 10.0
+#: How long who reads an image, and leaves no trace in the cluster, may have it open: a download, a hash. And how far
+#: two hosts' clocks may differ.
+_READERS_SECONDS, _SKEW_SECONDS = 24 * 3600.0, 600.0
+#: How often is looked whether the image, or who was made of it, is gone by then.
+_GONE_SECONDS = 3600.0
 #: How long Glance may take from the snapshot's removal to the image's: a removal is a proposal of the monitors.
 _DELETION_SECONDS = 10.0
 #: How often a tenant may delete the image over the same flatten before that makes a pause.
@@ -47,40 +58,97 @@ class _State(enum.Enum):
         return self in (_State.SHARED, _State.FLAT)
 
 
+class _Watch:
+    """What ends a flatten: somebody begins to delete the image; the cluster has more urgent things to do."""
+
+    def __init__(self) -> None:
+        self.deleted, self.strained = threading.Event(), threading.Event()
+
+
 class Flattening:
     """See :class:`nova_rbd_snap.workers.worker.Task`, and the module."""
 
     kind = FLATTEN
     fails_as = "An image is usable, but not flat: that"
 
-    def __init__(self, cluster: Cluster, images: jobs.Images) -> None:
+    def __init__(
+        self, cluster: Cluster, images: jobs.Images, means: Means, clock: Callable[[], float] = time.time
+    ) -> None:
         """
         :param images: Glance, asked with the service's own credentials.
+        :param clock: seconds since the epoch.
         """
-        self._cluster, self._images = cluster, images
+        self._cluster, self._images, self._means, self._clock = cluster, images, means, clock
 
     def do(self, current: Current, stopped: Callable[[], bool]) -> None:
-        self._flatten(current, stopped)
-        steps.remove_frozen(current.job, saga.Run(self._cluster))
+        if current.job.flat_at is None:
+            try:
+                self._make_way()
+                self._flatten(current, stopped)
+            except errors.SnapError as error:
+                self._hurry(current.job, error)
+                raise
+            current.change(flat_at=self._clock(), percent=100)
+        self._release(current.job)
+
+    def _hurry(self, job: Job, error: errors.SnapError) -> None:
+        """An image without its snapshot does not wait long. :raises errors.Later: it is one."""
+        with contextlib.suppress(errors.CephError):
+            if self._look(job, steps.image_of(job)) in (_State.UNSEALED, _State.UNSEALED_FLAT):
+                raise errors.Later(f"cannot be used until its snapshot is made again: {error.report()}", _HURRY_SECONDS)
 
     def _flatten(self, current: Current, stopped: Callable[[], bool]) -> None:
         """Return once the image is flat, or gone."""
         job, dest = current.job, steps.image_of(current.job)
-        is_ours, is_repeated = False, current.is_repeated
-        for _ in range(_DELETIONS):
+        is_ours = False
+        deletions = 0
+        while True:
             state = self._look(job, dest)
             is_ours |= state in (_State.SHARED, _State.UNSEALED)
-            if state is _State.SHARED:
-                if is_repeated:
-                    # It may say that objects are there which the last attempt did not come to write.
-                    self._cluster.rebuild_object_map(dest)
-                is_repeated = True
-                self._flatten_once(current, dest, stopped)
-            elif state in (_State.GONE, _State.FLAT):
+            if state is _State.GONE:
                 return
-            elif not self._await_deletion(job, dest, stopped):
+            if state is _State.FLAT:
+                self._cluster.give_object_map(dest)
+                return
+            if state is _State.SHARED:
+                self._flatten_once(current, dest, stopped)
+                continue
+            deletions += 1
+            if not self._await_deletion(job, dest, stopped):
                 self._seal_again(job, dest, is_ours)
-        raise errors.Busy(f"{dest}: somebody deletes the image over and over, and does not succeed")
+                if deletions == _DELETIONS:
+                    raise errors.Busy(f"{dest}: somebody deletes the image over and over, and does not succeed")
+
+    def _release(self, job: Job) -> None:
+        """Remove the disk's snapshot, once nobody can have the image open from before it was flat.
+
+        Whoever has goes on reading from the snapshot what was zeros then, and would get what the server wrote since.
+        """
+        run = saga.Run(self._cluster)
+        if any(not snap.trashed for snap in steps.frozen(job, run)):
+            self._see_unread(job, steps.image_of(job))
+        steps.remove_frozen(job, run)
+
+    def _see_unread(self, job: Job, dest: ImageSpec) -> None:
+        """:raises errors.Later: the image may still be open from before it was flat."""
+        state, flat_at = self._look(job, dest), job.flat_at or 0.0
+        if state is _State.GONE:
+            return
+        left = flat_at + _READERS_SECONDS - self._clock()
+        if left > 0:
+            text = f"is flat; {job.snap} stays until who reads it from before must have ended"
+            raise errors.Later(text, min(left, _GONE_SECONDS))
+        for snap in self._cluster.snaps(dest):
+            for child in self._cluster.children(dest, snap.id):
+                if self._is_of_before(child, flat_at + _SKEW_SECONDS):
+                    text = f"is flat; {job.snap} stays, for {child} was booted before, and may have it open"
+                    raise errors.Later(text, _GONE_SECONDS)
+
+    def _is_of_before(self, child: ImageSpec, moment: float) -> bool:
+        try:
+            return self._cluster.lookup(child).created < moment
+        except (errors.Missing, errors.NoPermission):
+            return True  # in the trash, where clones of its own need it; Cinder's, as a rule
 
     def _look(self, job: Job, dest: ImageSpec) -> _State:
         try:
@@ -104,35 +172,52 @@ class Flattening:
         def on_progress(done: int, total: int) -> bool:
             nonlocal percent
             percent = 100 * done // total if total else 0
-            return not (deleted.is_set() or stopped())
+            return not (watch.deleted.is_set() or watch.strained.is_set() or stopped())
 
-        with self._watching(current, dest, lambda: percent) as deleted:
+        self._means.begin(current, dest)
+        with self._watching(current, dest, lambda: percent) as watch:
             try:
-                self._cluster.flatten(dest, on_progress)
+                self._means.flatten(dest, on_progress)
             except errors.Cancelled:
-                if not deleted.is_set():
+                if stopped():
                     raise
+        if watch.strained.is_set() and not watch.deleted.is_set():
+            self._make_way()
 
     @contextlib.contextmanager
-    def _watching(self, current: Current, dest: ImageSpec, percent: Callable[[], int]) -> Iterator[threading.Event]:
-        """Within the block the event is set once somebody begins to delete the image, and progress is noted."""
-        deleted, over = threading.Event(), threading.Event()
+    def _watching(self, current: Current, dest: ImageSpec, percent: Callable[[], int]) -> Iterator[_Watch]:
+        """Within the block what would end the flatten is looked for, and progress is noted."""
+        watch, over = _Watch(), threading.Event()
 
         def look() -> None:
-            while not over.wait(_LOOK_SECONDS):
+            for number in itertools.count(1):
+                if over.wait(_LOOK_SECONDS):
+                    return
                 with contextlib.suppress(errors.SnapError):  # the flatten, or the lease, meets it as well
                     if not self._look(current.job, dest).is_sealed:
-                        deleted.set()
+                        watch.deleted.set()
+                        return
+                    if number % _STRAIN_LOOKS == 0 and self._cluster.strain():
+                        watch.strained.set()
                         return
                     current.note(percent())
 
         looking = threading.Thread(target=look, name="nova-rbd-snap-watch", daemon=True)
         looking.start()
         try:
-            yield deleted
+            yield watch
         finally:
             over.set()
             looking.join()
+
+    def _make_way(self) -> None:
+        """:raises errors.Later: the cluster has more urgent things to do."""
+        try:
+            strain = self._cluster.strain()
+        except errors.NoPermission:
+            return  # then nobody can know
+        if strain:
+            raise errors.Later(f"waits while {strain}", _STRAIN_SECONDS)
 
     def _await_deletion(self, job: Job, dest: ImageSpec, stopped: Callable[[], bool]) -> bool:
         """Whether a deletion that has begun gets through in time."""
@@ -152,13 +237,18 @@ class Flattening:
             to the pool may have written.
         :raises errors.InDoubt: it is left alone.
         """
-        is_used = self._images.uses(job.image_id, jobs.location(job, saga.Run(self._cluster)))
+        try:
+            is_used = self._images.uses(job.image_id, jobs.location(job, saga.Run(self._cluster)))
+        except errors.GlanceError as error:
+            LOG.warning("Image %s: Glance cannot be asked about it: %s", job.image_id, error.report())
+            is_used = None
         if not (is_used or is_ours):
             raise errors.InDoubt(f"{dest} has no snapshot {GLANCE_SNAP!r}, and Glance does not say that it uses it")
         if is_used is False:
             with contextlib.suppress(errors.Missing):
                 steps.when_free(saga.Run(self._cluster), "remove", self._cluster.remove, dest)
             return
+        self._means.see_ended(dest)  # a snapshot taken amid a flatten may read zeros
         # A live record, or one that cannot be asked about, must find its data.
         LOG.info("Image %s: a deletion met its flatten and failed; its snapshot is made again", job.image_id)
         with contextlib.suppress(errors.AlreadyThere):

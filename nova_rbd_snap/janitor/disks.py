@@ -26,8 +26,9 @@ STOCK_SNAP = re.compile(r"[0-9a-f]{32}")
 _RESIZE_SNAP = "nova-resize"
 
 
-#: Gets rid of a disk that nothing depends on; returns what is left of it and why, as sentences.
-Discard = Callable[[ImageSpec], Iterable[str]]
+#: Gets rid of a disk; returns what is left of it and why, as sentences. It may have trashed snapshots, for images that
+#: depend on it.
+Discard = Callable[[ImageSpec, bool], Iterable[str]]
 
 
 def remove_all(pool: str, server: str, run: Run, discard: Discard, at_work: Container[str] = ()) -> list[str]:
@@ -58,14 +59,15 @@ def _remove(disk: ImageSpec, run: Run, discard: Discard, at_work: Container[str]
     holders = [text for snap in snaps for text in _free(disk, snap, run, at_work)]
     if holders:
         yield f"{disk} stays until these are removed: {', '.join(holders)}"
-    elif snaps and _snaps(disk, run):  # of librbd's trash, with images that depend on them
-        yield from remove_now(run, disk)
     else:
-        yield from discard(disk)
+        yield from discard(disk, bool(snaps and _snaps(disk, run)))
 
 
-def remove_now(run: Run, disk: ImageSpec) -> Iterator[str]:
-    """Remove a disk, as soon as nobody has it open; with images that depend on it librbd moves it to the trash."""
+def remove_now(run: Run, trash: Callable[[ImageSpec], object], disk: ImageSpec) -> Iterator[str]:
+    """Remove a disk, as soon as nobody has it open; with images that depend on it librbd moves it to the trash.
+
+    :param trash: has it removed from there, once it can be.
+    """
     try:
         doing = f"remove {disk.name}"
         on_progress = functools.partial(run.report, doing)
@@ -74,8 +76,8 @@ def remove_now(run: Run, disk: ImageSpec) -> Iterator[str]:
         yield f"{disk} stays: somebody took a snapshot of it just now"
     except errors.Busy:
         # A watcher that outlives a dead client's 30 s: the name is freed at least.
-        run.cluster.trash(disk, keep_seconds=0)
-        yield f"{disk} is in the trash of its pool, for somebody has it open; 'rbd trash rm' removes it after that"
+        trash(disk)
+        yield f"{disk} is in the trash of its pool, for somebody has it open; it is removed from there after that"
 
 
 def _snaps(disk: ImageSpec, run: Run) -> list[SnapInfo]:

@@ -24,6 +24,13 @@ class Glance(Protocol):
         """Whether it is Glance that says so."""
 
 
+class Nova(Protocol):
+    """Nova's API as a user who sees every project's servers."""
+
+    def knows(self, server: str) -> bool:
+        """Whether there is such a server. :raises errors.NovaSilent: it does not say."""
+
+
 @dataclass(frozen=True)
 class Folder:
     """A folder of the snapshots directory.
@@ -69,6 +76,7 @@ class Scene:
     :ivar pool: Nova's.
     :ivar glance_pools: where Glance keeps images.
     :ivar glance: gives Glance, or raises ``GlanceError``; called often.
+    :ivar nova: the same of Nova.
     :ivar now: seconds since the epoch.
     :ivar older_than_seconds: what is younger may be somebody's work under way.
     """
@@ -77,6 +85,7 @@ class Scene:
     pool: str
     glance_pools: Sequence[str]
     glance: Callable[[], Glance]
+    nova: Callable[[], Nova]
     machine: Machine
     now: float
     older_than_seconds: float

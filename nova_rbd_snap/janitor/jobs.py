@@ -13,7 +13,7 @@ from typing import Callable, Optional, Protocol
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.flatten.queue import queue
-from nova_rbd_snap.ledger.job import BACKGROUND, Job
+from nova_rbd_snap.ledger.job import BACKGROUND, NEVER, Job
 from nova_rbd_snap.ledger.store import Ledger
 from nova_rbd_snap.snapshot import saga, steps
 from nova_rbd_snap.specs import GLANCE_SNAP, Location
@@ -52,12 +52,16 @@ class Unasked:
 def finish(job: Job, ledger: Ledger, run: saga.Run) -> None:
     """End a job whose rbd image, or one in its place, is in use: that stays, and what was made before it goes.
 
-    One that is to be flattened in the background becomes the job to do that.
+    While it is not flat the disk's snapshot stays with it. One that is to be flattened in the background becomes the
+    job to do that.
 
     :raises errors.SnapError: as :func:`undo`.
     """
-    if job.flatten == BACKGROUND and job.step == steps.READY:
+    if job.step == steps.READY and job.flatten == BACKGROUND:
         queue(job, ledger)
+        return
+    if job.step == steps.READY and job.flatten == NEVER:
+        ledger.forget(job)
         return
     before_clone = itertools.takewhile(lambda step: not isinstance(step, steps.Clone), steps.started(job))
     _close(job, saga.undo(job, tuple(before_clone), run), ledger)

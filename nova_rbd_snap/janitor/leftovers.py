@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Optional
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.janitor import copies, strays
+from nova_rbd_snap.janitor import copies, orphans, strays
 from nova_rbd_snap.janitor.findings import KEEP, REMOVE, TRASH, Finding, Outcome, Scene, SweepPlan, Target
 from nova_rbd_snap.ledger.job import Job
 
@@ -36,6 +36,7 @@ def plan(scene: Scene) -> SweepPlan:
             *images,
             *(finding for finding in weighed if finding),
             *unreadable,
+            *orphans.disks(scene, ledger),
             *copies.find(scene),
             *(_report(scene, job) for job in ledger.jobs),
             *(Finding("strange record", key, KEEP, f"never touched: {why}") for key, why in ledger.strange.items()),

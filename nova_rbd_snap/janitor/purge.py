@@ -7,22 +7,30 @@ That takes as long as the disk is large, and whoever deletes a server need not w
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import Callable
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster
 from nova_rbd_snap.ledger.job import PURGE, QUEUED, Job, Owner, purge_id
 from nova_rbd_snap.ledger.store import Ledger
+from nova_rbd_snap.snapshot import steps
+from nova_rbd_snap.snapshot.saga import Run
 from nova_rbd_snap.specs import ImageSpec
 from nova_rbd_snap.workers.worker import Current
 
+#: How long after its record a disk may come to be in the trash.
+_ON_ITS_WAY_SECONDS = 3600.0
 
-def trash(disk: ImageSpec, cluster: Cluster, ledger: Ledger, owner: Owner, now: float) -> None:
+
+def trash(disk: ImageSpec, run: Run, ledger: Ledger, owner: Owner, now: float) -> None:
     """Move the disk to the trash, and have it removed from there.
 
     :param now: seconds since the epoch.
     :raises errors.Missing: it does not exist, or is half-made and cannot be opened.
+    :raises errors.Busy: it cannot be moved for whoever has it open.
     """
+    cluster = run.cluster
     image_id = cluster.lookup(disk).id
     job = Job(
         id=purge_id(image_id),
@@ -33,9 +41,16 @@ def trash(disk: ImageSpec, cluster: Cluster, ledger: Ledger, owner: Owner, now: 
         clone_format=2,
         step=QUEUED,
     )
-    with contextlib.suppress(errors.LedgerConflict):  # an earlier attempt wrote it
-        ledger.reserve(job)
-    cluster.trash(disk, 0)
+    try:
+        job = ledger.reserve(job)
+    except errors.LedgerConflict:  # an earlier attempt wrote it
+        job = ledger.load(job.id)
+    try:
+        steps.when_free(run, f"trash {disk.name}", lambda image: cluster.trash(image, 0), disk)
+    except errors.Busy:
+        with contextlib.suppress(errors.LedgerConflict):  # a worker has it, which will see for itself
+            ledger.forget(job)
+        raise
 
 
 class Purge:
@@ -44,13 +59,32 @@ class Purge:
     kind = PURGE
     fails_as = "The disk of a deleted server stays in the trash: the purge"
 
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
+    def __init__(self, cluster: Cluster, clock: Callable[[], float] = time.time) -> None:
+        """
+        :param clock: seconds since the epoch.
+        """
+        self._cluster, self._clock = cluster, clock
 
     def do(self, current: Current, stopped: Callable[[], bool]) -> None:
         """Remove the disk, if it is in the trash, and not taken back."""
-        pool, image_id, name = current.job.disk.pool, current.job.image_id, current.job.disk.name
+        job, disk = current.job, current.job.disk
         # Anybody who may write to the pool may have written the record.
-        if any((found.id, found.name) == (image_id, name) for found in self._cluster.trashed(pool)):
-            with contextlib.suppress(errors.Missing):  # gone meanwhile
-                self._cluster.remove_trashed(pool, image_id)
+        for found in self._cluster.trashed(disk.pool):
+            if (found.id, found.name) == (job.image_id, disk.name):
+                left = found.kept_until - self._clock()
+                if left > 0:
+                    raise errors.Later(f"waits, for somebody has put {disk} back into the trash", left)
+                with contextlib.suppress(errors.Missing):  # gone meanwhile
+                    self._cluster.remove_trashed(disk.pool, job.image_id)
+                return
+        if self._is_on_its_way(job):
+            raise errors.Later(f"waits, for {disk} is not in the trash yet")
+
+    def _is_on_its_way(self, job: Job) -> bool:
+        """Whether whoever deletes the server may still be about to move the disk to the trash."""
+        if self._clock() > job.created + _ON_ITS_WAY_SECONDS:
+            return False
+        try:
+            return self._cluster.lookup(job.disk).id == job.image_id
+        except errors.Missing:
+            return False

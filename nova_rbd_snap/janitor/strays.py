@@ -77,6 +77,8 @@ class Snapshot:
             return None
         why = f"{'no job in the ledger' if ours else 'left by Nova'}, {scene.age(self.info.created)}"
         needed = [child for child in self.children if child not in doomed]
+        if ours and any(child.endswith(f"/{ours[1]}") for child in needed):
+            return None  # by its image, which is not flat
         action = KEEP
         if not ours and scene.is_young(self.info.created):
             why += ", so Nova may be at work on it"

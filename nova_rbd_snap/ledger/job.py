@@ -16,14 +16,16 @@ from nova_rbd_snap.specs import UUID, ImageSpec, SnapSpec, client_address
 VERSION = 1
 
 #: Kinds of job: a clone that becomes a Glance image; a frozen snapshot that Nova's full copy reads; a clone that is a
-#: Glance image already, and is to be flattened; the disk of a deleted server, in the trash.
+#: Glance image already, and is to be flattened; the disk of a deleted server, in the trash; the question whether Glance
+#: can read an image that is not flat.
 CLONE = "clone"
 FREEZE = "freeze"
 FLATTEN = "flatten"
 PURGE = "purge"
+PROBE = "probe"
 
-#: Those that any worker may do; the others are those of a snapshot request.
-BACKGROUND_KINDS = PURGE, FLATTEN
+#: Those that any worker may do, the most urgent first; the others are those of a snapshot request.
+BACKGROUND_KINDS = PROBE, PURGE, FLATTEN
 
 #: The steps of a job that any worker may do.
 QUEUED, AT_WORK = "queued", "at work"
@@ -41,6 +43,7 @@ _IDS = {
     FREEZE: re.compile(f"({UUID})-copy"),
     FLATTEN: re.compile(f"({UUID})"),
     PURGE: re.compile("([0-9a-f]+)-purge"),
+    PROBE: re.compile("probe-.+"),
 }
 _DISK = re.compile(f"{UUID}_[^/@]+")
 
@@ -53,6 +56,16 @@ def copy_id(image_id: str) -> str:
 def purge_id(image_id: str) -> str:
     """Id of the job that removes the rbd image *image_id* from the trash."""
     return f"{image_id}-purge"
+
+
+def probe_id(glance_pool: str) -> str:
+    """Id of the job that finds out whether Glance can read clones in a pool of its."""
+    return f"probe-{glance_pool}"
+
+
+def probe_disk(image_id: str) -> str:
+    """Name of the scratch disk of a probe, whose clone is the image *image_id*."""
+    return f"{image_id}_probe"
 
 
 @dataclass(frozen=True)
@@ -77,12 +90,12 @@ class Owner:
 class Job:
     """One job.
 
-    :ivar id: id of the Glance image, so that one image record can never have two jobs.
+    :ivar id: of most kinds the id of the Glance image, so that one image record can never have two jobs.
     :ivar step: the step under way. All before it are done, it may or may not have happened, none after it has.
     :ivar generation: grows with each write, so that no two states of a job are the same text.
     :ivar created: seconds since the epoch.
     :ivar snap_id: id of the snapshot of the disk, once known.
-    :ivar flatten: which of :data:`POLICIES` the clone was made by.
+    :ivar flatten: which of :data:`POLICIES` the clone was made by; of a probe, whether others may be made but INLINE.
     :ivar dest: the clone, also the Glance image's name in Glance's pool. None for a freeze.
     :ivar dest_id: id of the clone. Only set when ``clone`` returned, so the link to the parent was whole.
     :ivar orphaned: the nova-compute that was asked for the image is no more, so nobody else looks after its record.
@@ -92,6 +105,8 @@ class Job:
     :ivar begun: somebody has been at work on it.
     :ivar attempts: how often it has failed.
     :ivar not_before: when it may be tried again, in seconds since the epoch.
+    :ivar flat_at: when the flatten was done, in seconds since the epoch.
+    :ivar task: id of the Ceph manager's task that does it.
     """
 
     id: str
@@ -113,11 +128,15 @@ class Job:
     begun: bool = False
     attempts: int = 0
     not_before: float = 0.0
+    task: Optional[str] = None
+    flat_at: Optional[float] = None
     generation: int = 0
 
     @property
     def image_id(self) -> str:
         """Id of the Glance image that was asked for; of a purge, of the rbd image that goes."""
+        if self.dest is not None:
+            return self.dest.name
         found = _IDS[self.kind].fullmatch(self.id)
         return found[1] if found else self.id
 
@@ -133,7 +152,10 @@ class Job:
 
     def encode(self) -> str:
         """The record as text."""
-        return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, sort_keys=True)
+        # Without what is as usual: a release that knows more of such leaves the text of an older one as it is.
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        told = {name: value for name, value in dataclasses.asdict(self).items() if value != usual[name]}
+        return json.dumps({"version": VERSION, **told}, sort_keys=True)
 
     @classmethod
     def decode(cls, text: str) -> Job:
@@ -148,13 +170,21 @@ class Job:
                 raise ValueError(f"record version {version}, this release reads {VERSION}")
             data["owner"] = Owner(**data["owner"])
             data["disk"] = ImageSpec(**data["disk"])
-            data["dest"] = ImageSpec(**data["dest"]) if data["dest"] else None
-            data["failures"] = tuple(data["failures"])
+            data["dest"] = ImageSpec(**data["dest"]) if data.get("dest") else None
+            data["failures"] = tuple(data.get("failures", ()))
             job = cls(**data)
             job._validate()
         except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a record of the ledger: {error!r}") from error
         return job
+
+    def _fits(self, dest: ImageSpec) -> bool:
+        if not isinstance(dest.pool, str):
+            return False
+        if self.kind == PROBE:
+            names_fit = re.fullmatch(UUID, dest.name) and self.disk.name == probe_disk(dest.name)
+            return bool(names_fit) and self.id == probe_id(dest.pool)
+        return dest.name == self.id
 
     def _validate(self) -> None:
         """Anybody who may write to the pool may have written the record; what it names is removed on its word.
@@ -181,10 +211,12 @@ class Job:
             ("snap_id", self.snap_id, (int, type(None))),
             ("dest_id", self.dest_id, (str, type(None))),
             ("data_pool", self.data_pool, (str, type(None))),
+            ("task", self.task, (str, type(None))),
+            ("flat_at", self.flat_at, (int, float, type(None))),
         ):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} is {value!r}")
-        for moment in (self.created, self.not_before):
+        for moment in (self.created, self.not_before, self.flat_at or 0.0):
             if not math.isfinite(moment):
                 raise ValueError(f"at {moment!r}")
         if self.kind not in _IDS or self.clone_format not in (1, 2):
@@ -197,8 +229,8 @@ class Job:
             raise ValueError(f"{self.disk} is no server's disk")
         if (self.kind in (FREEZE, PURGE)) != (self.dest is None):
             raise ValueError(f"a {self.kind} to {self.dest}")
-        if self.dest is not None and (self.dest.name != self.id or not isinstance(self.dest.pool, str)):
-            raise ValueError(f"{self.dest} is not named like image {self.id}")
+        if self.dest is not None and not self._fits(self.dest):
+            raise ValueError(f"{self.dest} is not named like the image of {self.id}")
         if not all(isinstance(failure, str) for failure in self.failures):
             raise ValueError(f"failures are {self.failures!r}")
         client_address(self.owner.client)

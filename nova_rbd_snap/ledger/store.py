@@ -73,26 +73,28 @@ class Ledger:
 
     def load(self, job_id: str) -> Job:
         """The job as recorded. :raises errors.NoRecord: there is none that this release can read."""
-        contents = self.read()
-        for job in contents.jobs:
-            if job.id == job_id:
-                return job
-        if job_id in contents.strange:
-            raise errors.NoRecord(f"record {job_id} is never touched: {contents.strange[job_id]}")
-        raise errors.NoRecord(f"no job {job_id} in the ledger of pool {self._pool}")
+        text = self._cluster.omap_item(self._pool, OBJECT, job_id)
+        if text is None:
+            raise errors.NoRecord(f"no job {job_id} in the ledger of pool {self._pool}")
+        try:
+            return self._decode(job_id, text)
+        except ValueError as error:
+            raise errors.NoRecord(f"record {job_id} is never touched: {error}") from error
 
     def read(self) -> Contents:
         """All that is in the ledger."""
         jobs, strange = [], {}
         for key, text in self._cluster.omap_items(self._pool, OBJECT).items():
             try:
-                job = Job.decode(text)
-                if job.id != key:
-                    raise ValueError(f"the record of {job.id}")
-                if job.disk.pool != self._pool:
-                    raise ValueError(f"{job.disk} is not in this pool")
+                jobs.append(self._decode(key, text))
             except ValueError as error:
                 strange[key] = str(error)
-            else:
-                jobs.append(job)
         return Contents(sorted(jobs, key=lambda job: job.created), strange)
+
+    def _decode(self, key: str, text: str) -> Job:
+        job = Job.decode(text)
+        if job.id != key:
+            raise ValueError(f"the record of {job.id}")
+        if job.disk.pool != self._pool:
+            raise ValueError(f"{job.disk} is not in this pool")
+        return job

@@ -23,6 +23,7 @@ class Engine(Protocol):
     def reserve_freeze(self, job_id: str, disk: str) -> str: ...
     def perform(self, job_id: str, snap_before: Optional[float], report: Report) -> None: ...
     def make_flat(self, image_id: str, report: Report) -> bool: ...
+    def distrust(self, image_id: str) -> None: ...
     def finish(self, image_id: str) -> None: ...
     def rollback(self, job_id: str) -> bool: ...
     def leave(self, job_id: str) -> None: ...
@@ -92,9 +93,11 @@ def register(
         try:
             send()
         except errors.NotRegistered as refusal:
-            if not _make_flat(engine, image_id, refusal, report):
+            # What it says with another number is not about the data.
+            if (refusal.status or 500) < 500 or not _make_flat(engine, image_id, refusal, report):
                 raise
             send()
+            _distrust(engine, image_id)
     except errors.InDoubt:
         _leave(engine, image_id)
         raise
@@ -123,6 +126,13 @@ def _make_flat(engine: Engine, image_id: str, refusal: errors.NotRegistered, rep
     if was_shared:
         LOG.info("Image %s was not flat, which may be why Glance refused it; it is sent again: %s", image_id, refusal)
     return was_shared
+
+
+def _distrust(engine: Engine, image_id: str) -> None:
+    try:
+        engine.distrust(image_id)
+    except errors.SnapError as error:  # then the next image tells it again
+        LOG.warning("That Glance cannot read what is not flat is not written down: %s", error.report())
 
 
 def _leave(engine: Engine, image_id: str) -> None:

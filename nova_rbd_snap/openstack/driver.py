@@ -23,7 +23,7 @@ from nova.virt.libvirt import utils as libvirt_utils
 from oslo_log import log as logging
 
 from nova_rbd_snap import conf, errors
-from nova_rbd_snap.ledger.job import copy_id
+from nova_rbd_snap.ledger.job import BACKGROUND, NEVER, copy_id
 from nova_rbd_snap.openstack import clone, imagebackend, images, policy, process
 from nova_rbd_snap.openstack.guest import Guest, thaw_all
 from nova_rbd_snap.openstack.ondisks import OnDisks
@@ -372,7 +372,7 @@ class _Request:
         glance = images.glance_for(self.context)
         with self.on_disks.work(self.instance.uuid), self._giving_way():
             url = self.disk.clone_to_glance(
-                glance, self.image_id, self.instance.image_ref, self._perform, policy.override(self.instance)
+                glance, self.image_id, self.instance.image_ref, self._perform, self._policy()
             )
         try:
             self.await_announced()
@@ -392,6 +392,15 @@ class _Request:
             "Snapshot to image %s: cloned in %.1f s (%s) as %s",
             self.image_id, time.monotonic() - started, self._durations(), url, instance=self.instance,
         )
+
+    def _policy(self) -> Optional[str]:
+        """What is to be instead of the configured policy.
+
+        Nova deletes the image of a shelved server once, when that is unshelved, and heeds no answer: nobody may have it
+        open for writing then, as who flattens it has. Unshelving flattens what it makes of the image.
+        """
+        policy_of_all = policy.override(self.instance) or CONF.rbd_snap.flatten
+        return NEVER if policy_of_all == BACKGROUND and self.is_shelving else policy_of_all
 
     @contextlib.contextmanager
     def _giving_way(self) -> Iterator[None]:

@@ -21,6 +21,7 @@ from nova.virt.libvirt import imagebackend
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.engine import unheard
+from nova_rbd_snap.ledger.job import INLINE
 from nova_rbd_snap.openstack import clone, images, process, registration
 from nova_rbd_snap.openstack.glance import Glance
 
@@ -102,7 +103,11 @@ class Rbd(imagebackend.Rbd):
         try:
             glance = images.glance_for(context)
             url = self.clone_to_glance(
-                glance, image_id, base_image_id, lambda job_id: engine.perform(job_id, None, unheard)
+                glance,
+                image_id,
+                base_image_id,
+                lambda job_id: engine.perform(job_id, None, unheard),
+                INLINE,  # Nova's own driver could not remove a disk that images depend on
             )
             # Nova registers it, and never says so: from now on Glance's record is what counts.
             engine.leave(image_id)

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Glance with the service's own credentials, where no user's token is at hand."""
+"""Glance and Nova with the service's own credentials, where no user's token is at hand."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from keystoneauth1 import adapter, loading
 from keystoneauth1 import exceptions as ksa
-from keystoneauth1 import loading
 from oslo_config import cfg
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.conf import Settings
 from nova_rbd_snap.openstack.glance import Glance
+from nova_rbd_snap.openstack.servers import Servers
 
 #: A user without this role does not see other projects' images: to it, "not found" proves nothing.
 _SEES_ALL = "admin"
@@ -30,6 +31,21 @@ def glance_as_service(conf: Any, settings: Settings) -> Glance:
 
     :raises errors.NotAuthorized: the section has no usable credentials, or they do not see every image.
     """
+    auth, _ = _service(conf, settings)
+    return Glance.connect(conf, auth, settings.operation_timeout)
+
+
+def nova_as_service(conf: Any, settings: Settings) -> Servers:
+    """Nova's API as the same user, in Glance's region. :raises errors.NotAuthorized: the same."""
+    auth, session = _service(conf, settings)
+    region, interfaces = conf.glance.region_name, conf.glance.valid_interfaces
+    return Servers(
+        adapter.Adapter(session, auth=auth, service_type="compute", interface=interfaces, region_name=region)
+    )
+
+
+def _service(conf: Any, settings: Settings) -> tuple[Any, Any]:
+    """How the service's user authenticates, and a session for it."""
     section = settings.auth_section
     _register(conf, section)
     # Nova's own defaults.
@@ -49,4 +65,4 @@ def glance_as_service(conf: Any, settings: Settings) -> Glance:
             f"the user of section [{section}] lacks the role '{_SEES_ALL}', and so cannot tell a deleted image from "
             "one it may not see"
         )
-    return Glance.connect(conf, auth, settings.operation_timeout)
+    return auth, session

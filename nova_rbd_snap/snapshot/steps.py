@@ -88,7 +88,9 @@ class Clone:
         dest = image_of(job)
         if run.cluster.exists(dest):
             raise errors.AlreadyThere(f"{dest} exists already and is left alone")
-        return {"dest_id": run.cluster.clone(job.snap, dest, job.data_pool)}
+        # Flat before anybody reads it, or else to be flattened while somebody does.
+        is_flat_soon = job.flatten == INLINE
+        return {"dest_id": run.cluster.clone(job.snap, dest, job.data_pool, object_map=is_flat_soon)}
 
     def undo(self, job: Job, run: Run) -> None:
         def remove(dest: ImageSpec) -> None:
@@ -144,23 +146,33 @@ class Flatten:
 class Seal:
     """Give the clone the protected snapshot that Glance's location names, and take the frozen one off the disk.
 
-    Side by side, for both wait for a proposal of the monitors, and it is the same one. While the clone is not flat the
-    frozen snapshot only goes to the trash, and from there with the last clone that depends on it.
+    Side by side, for both wait for a proposal of the monitors, and it is the same one. The frozen snapshot of a clone
+    that is not flat stays: its readers need it, and some of them a while longer (``docs/design/flatten.rst``).
     """
 
     name = "seal"
 
     def do(self, job: Job, run: Run) -> Mapping[str, Any]:
+        if job.flatten == INLINE:
+            self._seal_and_release(job, run)
+        else:
+            self._seal(job, run)
+        return {}
+
+    @staticmethod
+    def _seal(job: Job, run: Run) -> None:
         snap = image_of(job).snap(GLANCE_SNAP)
+        run.cluster.create_snap(snap)
+        run.cluster.protect_snap(snap)
+
+    def _seal_and_release(self, job: Job, run: Run) -> None:
         with ThreadPoolExecutor(max_workers=1) as beside:
             removed = beside.submit(_release, job, run)
-            run.cluster.create_snap(snap)
-            run.cluster.protect_snap(snap)
+            self._seal(job, run)
         try:
             removed.result()
         except errors.HolderSilent as error:  # it goes when the job does, and the image is good without
             LOG.warning("Job %s: the snapshot of the disk is removed later: %s", job.id, error)
-        return {}
 
     def undo(self, job: Job, run: Run) -> None:
         dest = image_of(job)
@@ -187,7 +199,7 @@ def is_unfinished(job: Job, run: Run) -> bool:
         if run.cluster.lookup(dest).parent == job.snap:
             return True
         # In the trash, where an undo that could not remove the clone left it, the snapshot has another name.
-        return any(dest in run.cluster.children(job.disk, snap.id) for snap in _frozen(job, run) if snap.trashed)
+        return any(dest in run.cluster.children(job.disk, snap.id) for snap in frozen(job, run) if snap.trashed)
     except errors.Missing:
         return False
 
@@ -211,7 +223,7 @@ def remove_frozen(job: Job, run: Run) -> None:
 
     :raises errors.HolderSilent: the guest may be frozen, and would lose its disk.
     """
-    found = _frozen(job, run)
+    found = frozen(job, run)
     if not found:
         return
     run.cluster.ask_holder(job.disk)
@@ -224,11 +236,11 @@ def remove_frozen(job: Job, run: Run) -> None:
 
 def _see_gone(job: Job, run: Run) -> None:
     """"Not found" from a removal proves nothing."""
-    if any(job.flatten == INLINE or not snap.trashed for snap in _frozen(job, run)):
+    if any(job.flatten == INLINE or not snap.trashed for snap in frozen(job, run)):
         raise errors.CephError(f"{job.snap} was removed, but is still there")
 
 
-def _frozen(job: Job, run: Run) -> list[SnapInfo]:
+def frozen(job: Job, run: Run) -> list[SnapInfo]:
     """The job's snapshot of the disk, as far as there is one; none is left of a disk that was deleted."""
     if not run.cluster.exists(job.disk):
         return []

@@ -13,7 +13,7 @@ import functools
 import logging
 import time
 from collections.abc import Container, Sequence
-from typing import Callable, Optional, Protocol
+from typing import Any, Callable, Optional, Protocol
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster
@@ -30,6 +30,9 @@ LEASE = "nova_rbd_snap"
 _NOTED_PERCENT = 5
 #: Seconds until a job that failed is tried again: the first, doubled with each failure, and the most.
 _BACK_OFF_SECONDS = (60.0, 3600.0)
+_DOUBLINGS = 10
+#: How long a lease is had at most that is only taken to see whether it is free.
+_ASKED_SECONDS = 5.0
 
 
 class Current:
@@ -46,7 +49,11 @@ class Current:
     def note(self, percent: int) -> None:
         """Write down how much is done, now and again. :raises errors.LedgerConflict: the job is another's by now."""
         if percent >= self.job.percent + _NOTED_PERCENT:
-            self.job = self._ledger.advance(self.job, percent=percent)
+            self.change(percent=percent)
+
+    def change(self, **changes: Any) -> None:
+        """Write *changes* into the job. :raises errors.LedgerConflict: it is another's by now."""
+        self.job = self._ledger.advance(self.job, **changes)
 
 
 class Task(Protocol):
@@ -62,6 +69,7 @@ class Task(Protocol):
         """Do it, whether or not it was begun before; returns when nothing is left to do.
 
         :raises errors.Cancelled: *stopped* came true.
+        :raises errors.Later: it is to go on later, without anything being wrong.
         """
 
 
@@ -91,28 +99,31 @@ class Worker:
         self._ledger = Ledger(cluster, pool)
 
     def work(self, stopped: Callable[[], bool]) -> bool:
-        """Do one job; returns whether there was one that is due, and a lease to do it under.
+        """Do what is due and there is a lease for; returns whether there was anything.
 
         :param stopped: true once the work shall end; the job stays queued then.
         :raises errors.CephError: the cluster does not answer, or cut this client off.
         """
         full: set[str] = set()
+        has_worked = False
         for job, task in self._due():
-            if job.step == QUEUED and job.kind in full:
-                continue
-            with contextlib.ExitStack() as stack:
-                slot = self._slot(job, stack)
-                if slot is None:
-                    if job.step == QUEUED:
+            if stopped():
+                break
+            if job.step == AT_WORK or job.kind not in full:
+                with contextlib.ExitStack() as stack:
+                    slot = self._slot(job, stack)
+                    if slot is not None:
+                        has_worked |= self._work(job, task, *slot, stopped)
+                    elif job.step == QUEUED:
                         full.add(job.kind)
-                    continue
-                number, held = slot
-                taken = self._take(job, number)
-                if taken is None:
-                    continue
-                self._do(task, Current(taken, self._ledger, job.begun), held, stopped)
-                return True
-        return False
+        return has_worked
+
+    def _work(self, job: Job, task: Task, slot: int, held: lease.Lease, stopped: Callable[[], bool]) -> bool:
+        """Do a job under its lease, if it is as it was when it was read; returns whether it was."""
+        taken = self._take(job, slot)
+        if taken is not None:
+            self._do(task, Current(taken, self._ledger, job.begun), held, stopped)
+        return taken is not None
 
     def _due(self) -> list[tuple[Job, Task]]:
         """The jobs of our cloud, those first that somebody may have left."""
@@ -126,7 +137,7 @@ class Worker:
         """The lease for the job, held until *stack* ends; None where another has it, or all are taken."""
         numbers = [job.slot] if job.step == AT_WORK else range(self._limit)
         for number in numbers:
-            held = lease.held(self._cluster, self._pool, f"{LEASE}.{job.kind}.{number}", self._lease_seconds)
+            held = lease.held(self._cluster, self._pool, _lease_of(job.kind, number), self._lease_seconds)
             with contextlib.suppress(errors.Busy):
                 return number, stack.enter_context(held)
         return None
@@ -134,6 +145,8 @@ class Worker:
     def _take(self, job: Job, slot: int) -> Optional[Job]:
         """Make the job ours; None where somebody was faster, or its last client cannot be cut off."""
         try:
+            if self._ledger.load(job.id) != job:  # done, or taken, since it was read: nobody is to be cut off for that
+                return None
             if job.step == AT_WORK and job.owner.client != self._owner.client:
                 LOG.warning(
                     "Job %s (%s) of host %s is taken over: the client %s of its worker is blocklisted for a day",
@@ -141,7 +154,7 @@ class Worker:
                 )
                 self._cluster.fence(job.owner.client)
             return self._ledger.advance(job, owner=self._owner, step=AT_WORK, slot=slot, percent=0, begun=True)
-        except errors.LedgerConflict:
+        except (errors.LedgerConflict, errors.NoRecord):
             return None
         except errors.MayNotFence as error:
             LOG.warning("Job %s (%s) is left alone: %s", job.id, job.kind, error.report())
@@ -155,14 +168,22 @@ class Worker:
             raise  # whoever took over goes on
         except errors.Cancelled:
             end = functools.partial(self._ledger.advance, current.job, step=QUEUED)
+        except errors.Later as reason:
+            end = functools.partial(self._postpone, current.job, reason)
         except Exception as cause:
             end = functools.partial(self._put_off, task, current.job, errors.known(cause))
         with contextlib.suppress(errors.LedgerConflict):  # whoever took over has the say
             end()
 
+    def _postpone(self, job: Job, reason: errors.Later) -> None:
+        if job.failures != (reason.report(),):
+            LOG.info("Job %s %s", job.id, reason.report())
+        not_before = self._clock() + reason.seconds
+        self._ledger.advance(job, step=QUEUED, not_before=not_before, failures=(reason.report(),))
+
     def _put_off(self, task: Task, job: Job, error: errors.SnapError) -> None:
         first, most = _BACK_OFF_SECONDS
-        pause = min(first * 2.0**job.attempts, most)
+        pause = min(first * 2.0 ** min(job.attempts, _DOUBLINGS), most)
         LOG.warning(
             "%s of job %s, which is tried again in %.0f s: %s", task.fails_as, job.id, pause, error.report()
         )
@@ -178,6 +199,23 @@ class Worker:
 def is_due(job: Job, kinds: Container[str], cloud: str, now: float) -> bool:
     """Whether a worker of *cloud* may do the job now, if nobody else is at it."""
     return job.kind in kinds and job.owner.cloud == cloud and job.not_before <= now
+
+
+def is_free(job: Job, cluster: Cluster, pool: str) -> bool:
+    """Whether a job that is due may be begun, or taken over: nobody has the lease under which it is at work."""
+    if job.step != AT_WORK:
+        return True
+    name = _lease_of(job.kind, job.slot)
+    try:
+        cluster.take_lease(pool, name, _ASKED_SECONDS)
+    except errors.Busy:
+        return False
+    cluster.end_lease(pool, name)
+    return True
+
+
+def _lease_of(kind: str, number: int) -> str:
+    return f"{LEASE}.{kind}.{number}"
 
 
 def keep_working(

@@ -300,6 +300,10 @@ class ObservedEngine:
         self._reach("reserve_clone")
         return self._engine.reserve_clone(image_id, disk, dest_pool, flatten)
 
+    def distrust(self, image_id):
+        self._reach("distrust")
+        return self._engine.distrust(image_id)
+
     def make_flat(self, image_id, report):
         self._reach("make_flat")
         return self._engine.make_flat(image_id, report)

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Optional, Protocol, Union
+from typing import Any, Callable, Optional, Protocol, Union
 
 import pytest
 
@@ -88,6 +88,9 @@ class World(Protocol):
 
     def holder(self, image: ImageSpec) -> contextlib.AbstractContextManager[Holder]:
         """Let somebody have the rbd image open, and write to it."""
+
+    def reader(self, snap: SnapSpec) -> contextlib.AbstractContextManager[Callable[[int], bytes]]:
+        """Let somebody have a snapshot open for reading, who gives the start of an object."""
 
     def blocklist(self) -> set[str]:
         """The addresses that are cut off."""
@@ -166,6 +169,11 @@ class FakeWorld:
     def holder(self, image: ImageSpec) -> Iterator[Holder]:
         yield _FakeHolder(self._cluster, image)
 
+    @contextlib.contextmanager
+    def reader(self, snap: SnapSpec) -> Iterator[Callable[[int], bytes]]:
+        opened = self._cluster.open_reader(snap)
+        yield lambda number: opened.read(number).rstrip(b"\0")
+
     def blocklist(self) -> set[str]:
         return self._cluster.fenced
 
@@ -178,7 +186,7 @@ class FakeWorld:
         self._cluster.create_disk(image, object_count, **more)
 
     def write(self, image: ImageSpec, number: int, data: bytes) -> None:
-        self._cluster.write(image, number, data)
+        self._cluster.write(image, number, data.rstrip(b"\0"))
 
     def content(self, spec: Union[ImageSpec, SnapSpec]) -> dict[int, bytes]:
         return self._cluster.content(spec)
@@ -355,6 +363,20 @@ class RealWorld:
 
     def holder(self, image: ImageSpec) -> contextlib.AbstractContextManager[Holder]:
         return holding(str(CEPH_CONF), "admin", image.pool, image.name)
+
+    @contextlib.contextmanager
+    def reader(self, snap: SnapSpec) -> Iterator[Callable[[int], bytes]]:
+        # Without a cache, which would keep what was read ahead.
+        client = self._rados_module.Rados(rados_id="admin", conffile=str(CEPH_CONF), conf={"rbd_cache": "false"})
+        client.connect(timeout=10)
+        try:
+            with (
+                client.open_ioctx(snap.image.pool) as ioctx,
+                self._rbd.Image(ioctx, snap.image.name, snapshot=snap.name, read_only=True) as opened,
+            ):
+                yield lambda number: opened.read(number * OBJECT_BYTES, 64).rstrip(b"\0")
+        finally:
+            client.shutdown()
 
     def blocklist(self) -> set[str]:
         return {line.split()[0] for line in self.mon("osd blocklist ls").splitlines()}

@@ -338,7 +338,7 @@ class Play:
         if job is not None and self._place.is_fenced(json.loads(job)["owner"]["client"]):
             self.outcome.wrong.append("another host's engine cut off the job's client")
         try:
-            another.end(self.scene.image_id)
+            another.end(self.scene.image_id, "")
         except errors.NoRecord:
             if job is not None:
                 self.outcome.wrong.append("an operator's word found no job")

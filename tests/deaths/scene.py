@@ -100,7 +100,7 @@ class Scene:
     def _look(self) -> Optional[str]:
         """The job's record; on the way it is seen what id the image's data bears."""
         job = self.job()
-        if job is not None and json.loads(job)["dest_id"]:
+        if job is not None and json.loads(job).get("dest_id"):
             self._ids.add(json.loads(job)["dest_id"])
         with contextlib.suppress(rados.ObjectNotFound):
             # Made first and removed last; the id after its length.

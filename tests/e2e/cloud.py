@@ -245,7 +245,7 @@ class Ceph:
     def undo_by_hand(self, pool: str, job_id: str) -> None:
         """What an operator does with a job that stays in the ledger: remove what its record names, then the record."""
         job = json.loads(self.ledger(pool)[job_id])
-        if job["dest"]:
+        if job.get("dest"):
             with self.pool(job["dest"]["pool"]) as ioctx:
                 eventually(lambda: self._removed(ioctx, job_id), "the clone can be removed", 60)
         with contextlib.suppress(rbd.ImageNotFound), self.image(pool, job["disk"]["name"]) as disk:
@@ -253,6 +253,17 @@ class Ceph:
         with self.pool(pool) as ioctx, rados.WriteOpCtx() as operation:
             ioctx.remove_omap_keys(operation, (job_id,))
             ioctx.operate_write_op(operation, LEDGER)
+
+    def let_a_day_pass(self, pool: str) -> None:
+        """For the jobs in the ledger that wait for whoever may still read an image from before it was flat."""
+        with self.pool(pool) as ioctx:
+            for key, text in self.ledger(pool).items():
+                job = json.loads(text)
+                if "flat_at" in job:
+                    job.update(flat_at=job["flat_at"] - 25 * 3600, not_before=0.0)
+                    with rados.WriteOpCtx() as operation:
+                        ioctx.set_omap(operation, (key,), (json.dumps(job, sort_keys=True),))
+                        ioctx.operate_write_op(operation, LEDGER)
 
     @staticmethod
     def _remove_snaps(opened: Any) -> None:
@@ -617,6 +628,11 @@ class Cloud:
         """The request ended in a clean failure: no task, the server in its state, and no image record."""
         assert self.settled(server, seconds).status == server.status
         eventually(lambda: self.image(image_id) is None, f"image {image_id} is deleted", 20)
+
+    def resize(self, server: Any, flavor: str) -> None:
+        """Up to where it is to be confirmed or reverted."""
+        self.admin.compute.resize_server(server, self._flavors[flavor])
+        self.wait_for_status(server, "VERIFY_RESIZE")
 
     def backup(self, server: Any) -> Any:
         name = PREFIX + uuid.uuid4().hex[:8]

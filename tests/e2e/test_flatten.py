@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,9 +60,16 @@ def waits(cloud: Cloud, server: Any) -> bool:
     return any(row["Name"] == f"{server.id}_disk" for row in cloud.command("trash", "list"))
 
 
+def waiting_for_readers(cloud: Cloud) -> Any:
+    """The job that has flattened its image, if there is one that is not at work."""
+    jobs = [json.loads(text) for text in cloud.ceph.ledger(cloud.vms).values()]
+    return next((job for job in jobs if "flat_at" in job and job["step"] == "queued"), None)
+
+
 @pytest.mark.core
 def test_background(cloud: Cloud, log: Log, readers: None) -> None:
-    """The image is active, and boots, before it is flat; soon it is, and nothing else is left."""
+    """The image is active, and boots, before it is flat; soon it is, and whoever was booted before reads on; nothing
+    else is left, once nobody can have it open from before."""
     cloud.configure(FLATTEN["background"], {"rbd_snap": {"flatten_workers": "0"}})
     server = cloud.boot()
     digest = cloud.disk_digest(server)
@@ -69,14 +78,21 @@ def test_background(cloud: Cloud, log: Log, readers: None) -> None:
     assert not is_flat(cloud, image)
     cloud.write(server, 4, step=4 << 20)
     assert cloud.image_digest(image.id) == digest
-    assert cloud.disk_digest(cloud.boot(image.id, data=False)) == digest
+    booted = cloud.boot(image.id, data=False)
+    assert cloud.disk_digest(booted) == digest
     ((row),) = cloud.command("image", "list", "--glance-pool", cloud.images)
     assert (row["ID"], row["State"]) == (image.id, "queued")
 
     cloud.configure(FLATTEN["background"])
     eventually(lambda: is_flat(cloud, image), "the image is flattened")
-    eventually(lambda: cloud.ceph.ledger(cloud.vms) == {}, "its job is done")
     assert cloud.image_digest(image.id) == digest
+    assert cloud.disk_digest(booted) == digest
+    (waiting,) = cloud.command("job", "list")
+    assert "stays until who reads it" in waiting["Left"]
+    cloud.delete_server(booted)
+    eventually(lambda: waiting_for_readers(cloud) is not None, "the job waits")
+    cloud.ceph.let_a_day_pass(cloud.vms)
+    eventually(lambda: cloud.ceph.ledger(cloud.vms) == {}, "its job is done", seconds=90)
     with cloud.ceph.image(cloud.vms, f"{server.id}_disk") as disk:
         assert list(disk.list_snaps()) == []
     assert log.ours() == []
@@ -118,7 +134,90 @@ def test_glance_that_may_not_read_the_disks(cloud: Cloud, log: Log) -> None:
     log.has(rf"WARNING nova_rbd_snap.*'profile rbd-read-only' on pool {cloud.vms}")
     again = cloud.snapshot(server)
     assert is_flat(cloud, again)
-    assert len(log.ours()) == 1
+    (probe,) = cloud.command("job", "list")
+    assert probe["Kind"] == "probe"
+
+
+def test_what_glance_can_read_is_found_out(cloud: Cloud, log: Log) -> None:
+    """When nova-compute starts: that it cannot read a scratch image is told, and all is flat then; once its user has
+    what 'caps' prints it can, and nothing is left of that."""
+    policy = {**FLATTEN["never"]["rbd_snap"], "glance_pool": cloud.images, "reclaim_interval": "5"}
+    cloud.configure({"rbd_snap": policy})
+    line = log.has("Whether Glance can read images that are not flat is not known")
+    assert "nova-rbd-snap caps" in line
+    (probe,) = cloud.command("job", "list")
+    assert (probe["Kind"], probe["Step"]) == ("probe", "queued")
+    image = cloud.snapshot(cloud.boot())
+    assert is_flat(cloud, image)
+    user = cloud.vms.replace("vms", "glance")
+    caps = cloud.ceph.caps(user)
+    (told,) = [row for row in cloud.command("caps", "--glance-user", user) if row["User"] == user]
+    words = shlex.split(told["Command"])
+    assert words[:4] == ["ceph", "auth", "caps", f"client.{user}"]
+    printed = dict(zip(words[4::2], words[5::2]))
+    assert f"profile rbd-read-only pool={cloud.vms}" in printed["osd"]
+    cloud.clean_up.callback(restart_glance, cloud)
+    cloud.clean_up.callback(lambda: cloud.ceph.set_caps(user, **caps))
+    cloud.ceph.set_caps(user, **printed)
+    restart_glance(cloud)
+    cloud.command("job", "reclaim", probe["ID"])
+    eventually(lambda: cloud.ceph.ledger(cloud.vms) == {}, "it is found out")
+    again = cloud.snapshot(cloud.boot())
+    assert not is_flat(cloud, again)
+    assert [left for left in cloud.admin.image.images(is_hidden=True) if "nova-rbd-snap" in left.name] == []
+
+
+@pytest.mark.slow
+def test_what_else_becomes_of_a_server(cloud: Cloud, log: Log, readers: None) -> None:
+    """All that Nova does with a disk works on one that images depend on, and the images stay as they were; in the end
+    nothing is left."""
+    cloud.configure(FLATTEN["never"])
+    server = cloud.boot()
+    images: dict[str, str] = {}
+
+    def snapshot() -> None:
+        digest = cloud.disk_digest(server)
+        image = cloud.snapshot(server)
+        assert not is_flat(cloud, image)
+        images[image.id] = digest
+
+    def assert_as_before() -> None:
+        for image_id, digest in images.items():
+            assert cloud.image_digest(image_id) == digest
+
+    compute = cloud.admin.compute
+    snapshot()
+    compute.rescue_server(server)
+    cloud.wait_for_status(server, "RESCUE")
+    compute.unrescue_server(server)
+    cloud.wait_for_status(server, "ACTIVE")
+    assert_as_before()
+    for confirm in (False, True):
+        cloud.resize(server, "big")
+        snapshot()
+        if confirm:
+            compute.confirm_server_resize(server)
+        else:
+            compute.revert_server_resize(server)
+        cloud.wait_for_status(server, "ACTIVE")
+        assert_as_before()
+    snapshot()
+    cloud.shelve(server)
+    assert_as_before()
+    cloud.unshelve(server)
+    snapshot()
+    base = cloud.image_called("base")
+    compute.rebuild_server(server, image=base.id)
+    cloud.wait_for_status(server, "ACTIVE")
+    cloud.write(server, 3)
+    snapshot()
+    assert_as_before()
+    cloud.delete_server(server)
+    assert_as_before()
+    for image_id in images:
+        cloud.delete_image(image_id)
+    eventually(lambda: not waits(cloud, server), "the disk is not kept any more")
+    assert log.ours() == []
 
 
 @pytest.mark.slow

@@ -19,14 +19,16 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, NoReturn, Optional, Union
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.ceph.interface import ImageInfo, OnProgress, SnapInfo, TrashInfo, one_client
+from nova_rbd_snap.ceph.interface import FlattenTask, ImageInfo, OnProgress, SnapInfo, TrashInfo, one_client
 from nova_rbd_snap.specs import ImageSpec, SnapSpec
 
 #: Size of one object of an rbd image; content is kept per object.
 OBJECT_BYTES = 4 << 20
 
 #: What is between a client and the monitors: it goes on when the OSDs no longer serve the client.
-_OF_THE_MONITORS = ("fsid", "address", "fence", "has_pool")
+_OF_THE_MONITORS = (
+    "fsid", "address", "fence", "has_pool", "used", "strain", "queue_flatten", "flatten_task", "cancel_task"
+)
 
 #: What a clone that did not return may leave behind (``docs/design/ceph.rst``): only a name; an openable, blank rbd
 #: image; a child the parent does not know.
@@ -70,8 +72,11 @@ class _Image:
     half: Optional[str] = None
     # How many attempts to remove it find it open somewhere.
     busy: float = 0
+    # It was removed for good.
+    is_gone: bool = False
     # In the trash until nothing depends on it.
     is_parent_in_trash: bool = False
+    has_map: bool = True
     # Its map says that objects are there which a flatten could not write.
     map_is_wrong: bool = False
     kept_until: float = 0.0
@@ -91,6 +96,7 @@ class _Pool:
     # Address of who has the lease on an object, and when it runs out.
     leases: dict[str, tuple[str, float]] = field(default_factory=dict)
     full: bool = False
+    used: float = 0.0
     # librbd removes by way of the trash, whose object is made by the first removal and stays.
     has_trash: bool = False
     trash: list[_Image] = field(default_factory=list)
@@ -113,6 +119,11 @@ class _State:
     calls: list[str] = field(default_factory=list)
     connections: list[FakeCluster] = field(default_factory=list)
     fenced: set[str] = field(default_factory=set)
+    # The manager's queue; it goes on whenever somebody looks.
+    tasks: dict[ImageSpec, FlattenTask] = field(default_factory=dict)
+    #: What the manager's tasks fail of, and what the cluster is strained by.
+    manager_fails: str = ""
+    strain: Optional[str] = None
     #: How far the OSDs' clocks are ahead of this machine's.
     ahead: float = 0.0
 
@@ -152,6 +163,25 @@ def _call(method: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return called
+
+
+class Reader:
+    """Who has a snapshot open for reading: nobody tells it what becomes of the rbd image, or of its parents."""
+
+    def __init__(self, snap: _Snap) -> None:
+        self._snap = snap
+        self._map = set(snap.objects) if snap.image.has_map else None
+        self._parent = Reader(snap.parent) if snap.parent is not None else None
+
+    def read(self, number: int) -> bytes:
+        """The start of object *number*."""
+        is_looked_for = self._map is None or number in self._map
+        image = self._snap.image
+        # A snapshot that is gone is not told from the head, which was written to since.
+        objects = {} if image.is_gone else self._snap.objects if self._snap in image.snaps else image.objects
+        if is_looked_for and number in objects:
+            return objects[number]
+        return self._parent.read(number) if self._parent is not None else b""
 
 
 class FakeCluster:
@@ -231,6 +261,10 @@ class FakeCluster:
         """What was written, by object."""
         return _content(self._open(spec) if isinstance(spec, ImageSpec) else self._snap(spec))
 
+    def open_reader(self, spec: SnapSpec) -> Reader:
+        """Let somebody have the snapshot open for reading, as a server that was booted from it does."""
+        return Reader(self._snap(spec))
+
     def hold(self, spec: ImageSpec, attempts: float) -> None:
         """Let somebody have the rbd image open for that many attempts to remove it."""
         self._open(spec).busy = attempts
@@ -242,6 +276,30 @@ class FakeCluster:
     def fill(self, pool: str, full: bool = True) -> None:
         """Use up the pool's quota, or make room again."""
         self._state.pools[pool].full = full
+
+    @contextlib.contextmanager
+    def with_room(self) -> Iterator[None]:
+        """Within the block no pool is full."""
+        full = [pool for pool in self._state.pools.values() if pool.full]
+        for pool in full:
+            pool.full = False
+        try:
+            yield
+        finally:
+            for pool in full:
+                pool.full = True
+
+    def use(self, pool: str, share: float) -> None:
+        """Let so much of the pool be used, from 0 to 1."""
+        self._state.pools[pool].used = share
+
+    def put_under_strain(self, strain: Optional[str]) -> None:
+        """Let the cluster be slow, or no more."""
+        self._state.strain = strain
+
+    def fail_in_manager(self, failure: str) -> None:
+        """Let the manager's tasks fail, or, with an empty text, no more."""
+        self._state.manager_fails = failure
 
     def let_pass(self, seconds: float) -> None:
         """Let time pass for the OSDs."""
@@ -328,6 +386,7 @@ class FakeCluster:
             image.snaps.remove(snap)
             if image.is_parent_in_trash and not image.snaps:
                 pool.trash.remove(image)
+                image.is_gone = True
                 self._detached(image.parents())
 
     @contextlib.contextmanager
@@ -469,7 +528,13 @@ class FakeCluster:
         raise errors.Missing(f"no snapshot {snap_id} of {image}")
 
     @_call
-    def clone(self, snap: SnapSpec, dest: ImageSpec, data_pool: Optional[str]) -> str:
+    def create(self, image: ImageSpec, data: bytes) -> None:
+        if image.name in self._pool(image.pool, grows=True).images:
+            raise errors.AlreadyThere(f"{image} exists")
+        self.create_disk(image, object_count=1, objects={0: data})
+
+    @_call
+    def clone(self, snap: SnapSpec, dest: ImageSpec, data_pool: Optional[str], *, object_map: bool = True) -> str:
         source = self._snap(snap)
         if self.clone_format == 1 and not source.protected:
             raise errors.CephError(f"{snap} is not protected")
@@ -479,7 +544,12 @@ class FakeCluster:
         if data_pool:
             self._pool(data_pool, grows=True)
         self.create_disk(
-            dest, source.image.object_count, parent=source, data_pool=data_pool, clone_format=self.clone_format
+            dest,
+            source.image.object_count,
+            parent=source,
+            data_pool=data_pool,
+            clone_format=self.clone_format,
+            has_map=object_map,
         )
         return self._open(dest).id
 
@@ -488,7 +558,7 @@ class FakeCluster:
         found = self._open(image)
         if found.parent is None:
             return self._info(found)
-        found.map_is_wrong |= self._pool(found.data_pool or image.pool).full
+        found.map_is_wrong |= found.has_map and self._pool(found.data_pool or image.pool).full
         self._pool(found.data_pool or image.pool, grows=True)
         source, size_bytes = _content(found.parent), found.object_count * OBJECT_BYTES
         found.busy += float("inf")
@@ -497,7 +567,7 @@ class FakeCluster:
                 if not on_progress(number * OBJECT_BYTES, size_bytes):
                     raise errors.Cancelled(f"the flatten of {image} was cancelled")
                 with self._state.lock:
-                    if number in source and not found.map_is_wrong:
+                    if source.get(number) and not found.map_is_wrong:  # what is all zeros is not copied
                         found.objects.setdefault(number, source[number])
         finally:
             found.busy = 0
@@ -506,13 +576,68 @@ class FakeCluster:
             found.parent = None
             if found.deep_flatten:
                 for snap in found.snaps:
-                    snap.objects, snap.parent = _content(snap), None
+                    snap.objects = {number: data for number, data in _content(snap).items() if data}
+                    snap.parent = None
             self._detached(before - found.parents())
             return self._info(found)
 
     @_call
-    def rebuild_object_map(self, image: ImageSpec) -> None:
-        self._open(image).map_is_wrong = False
+    def queue_flatten(self, image: ImageSpec) -> FlattenTask:
+        found = self._open(image)
+        if found.parent is None:
+            raise errors.Missing(f"{image} has no parent")
+        return self._state.tasks.setdefault(image, FlattenTask(f"task-{next(self._state.numbers)}"))
+
+    @_call
+    def flatten_task(self, image: ImageSpec) -> Optional[FlattenTask]:
+        task = self._state.tasks.get(image)
+        if task is None:
+            return None
+        if self._state.manager_fails:
+            task = self._state.tasks[image] = FlattenTask(task.id, 0.0, self._state.manager_fails)
+        elif task.done < 1:
+            found = self._pool(image.pool).images.get(image.name)
+            if found is not None:
+                found.busy = float("inf")
+            task = self._state.tasks[image] = FlattenTask(task.id, task.done + 0.25)
+        else:
+            self._end_task(image)
+            with contextlib.suppress(errors.Missing):
+                self.another().flatten(image, lambda done, total: True)
+            return None
+        return task
+
+    @_call
+    def cancel_task(self, task_id: str) -> None:
+        for image, task in list(self._state.tasks.items()):
+            if task.id == task_id:
+                self._end_task(image)
+                return
+        raise errors.Missing(f"no task {task_id}")
+
+    def _end_task(self, image: ImageSpec) -> None:
+        del self._state.tasks[image]
+        found = self._pool(image.pool).images.get(image.name)
+        if found is not None:
+            found.busy = 0
+
+    @_call
+    def used(self, pool: str) -> float:
+        if pool not in self._state.pools:
+            raise errors.Missing(f"no pool {pool}")
+        return self._state.pools[pool].used
+
+    @_call
+    def strain(self) -> Optional[str]:
+        return self._state.strain
+
+    @_call
+    def drop_object_map(self, image: ImageSpec) -> None:
+        self._open(image).has_map = self._open(image).map_is_wrong = False
+
+    @_call
+    def give_object_map(self, image: ImageSpec) -> None:
+        self._open(image).has_map = True
 
     @_call
     def remove(self, image: ImageSpec, on_progress: Optional[Callable[[int, int], object]] = None) -> None:
@@ -533,6 +658,7 @@ class FakeCluster:
         if on_progress is not None:
             on_progress(found.object_count, found.object_count)
         del pool.images[image.name]
+        found.is_gone = True
         self._detached(found.parents())
 
     def _make_trash(self, image: ImageSpec) -> None:
@@ -563,11 +689,23 @@ class FakeCluster:
         return [child.spec for snap in self._trashed(pool, image_id).snaps for child in self._children(snap)]
 
     @_call
+    def remove_snap_of_trashed(self, pool: str, image_id: str, name: str) -> None:
+        image = self._trashed(pool, image_id)
+        for snap in image.snaps:
+            if snap.name == name and not snap.trashed:
+                if self._children(snap):
+                    raise errors.Busy(f"snapshot {name} of {image_id} has clones")
+                image.snaps.remove(snap)
+                return
+        raise errors.Missing(f"no snapshot {name} of {image_id}")
+
+    @_call
     def remove_trashed(self, pool: str, image_id: str) -> None:
         image = self._trashed(pool, image_id)
         if any(not snap.trashed or self._children(snap) for snap in image.snaps):
             raise errors.HasSnapshots(f"{image_id} has snapshots")
         self._pool(pool).trash.remove(image)
+        image.is_gone = True
         self._detached(image.parents())
 
     def _trashed(self, pool: str, image_id: str) -> _Image:
@@ -579,6 +717,11 @@ class FakeCluster:
     @_call
     def omap_items(self, pool: str, name: str) -> dict[str, str]:
         return {_text(key): _text(value) for key, value in self._pool(pool).omap.get(name, {}).items()}
+
+    @_call
+    def omap_item(self, pool: str, name: str, key: str) -> Optional[str]:
+        value = self._pool(pool).omap.get(name, {}).get(key)
+        return None if value is None else _text(value)
 
     @_call
     def omap_replace(self, pool: str, name: str, key: str, old: Optional[str], new: Optional[str]) -> None:

@@ -105,6 +105,8 @@ def make_engine(
         "glance_data_pool": None,
         "clone_format": cluster.clone_format,
         "flatten": "inline",
+        "flatten_engine": "worker",
+        "never_max_used_percent": 80,
         "flatten_workers": 1,
         "flatten_limit": 4,
         "bounds": Bounds(4, 8, 250, 450),

@@ -74,6 +74,7 @@ class FakeImageService:
     on_request: Callable[[str], None] = lambda kind: None
     endpoint_override: str = ""
     store: Optional[Store] = None
+    _were_active: set[str] = field(default_factory=set)
 
     def add(self, image_id: str, **changes: Any) -> dict[str, Any]:
         """A record as Nova's API makes it for a snapshot."""
@@ -152,7 +153,13 @@ class FakeImageService:
             for location in record["locations"]:
                 self.store.remove(location["url"])
         del self.records[image_id]
+        if record["status"] == "active":
+            self._were_active.add(image_id)
         return Answer(204)
+
+    def was_active(self, image_id: str) -> bool:
+        """Whether it was when it was deleted."""
+        return image_id in self._were_active
 
     def _has(self, url: str) -> bool:
         return self.store is None or self.store.holds(url)

@@ -12,7 +12,7 @@ from nova_rbd_snap.janitor.findings import Folder, Outcome, Scene
 from nova_rbd_snap.ledger.store import OBJECT
 from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, SnapSpec
 from tests.fakes.cluster import BLANK, UNLISTED, FakeCluster
-from tests.fakes.engine import COPY, DEST, DISK, image
+from tests.fakes.engine import COPY, DEST, DISK, SERVER, image
 
 HOUR = 3600.0
 NOW = 500_000 * HOUR
@@ -44,6 +44,22 @@ class FakeGlance:
 
     def answers(self) -> bool:
         return self.is_glance
+
+
+class FakeNova:
+    """See :class:`nova_rbd_snap.janitor.findings.Nova`."""
+
+    def __init__(self) -> None:
+        self.known = {SERVER}
+        self.error: Optional[errors.SnapError] = None
+
+    def __call__(self) -> FakeNova:
+        return self
+
+    def knows(self, server: str) -> bool:
+        if self.error is not None:
+            raise self.error
+        return server in self.known
 
 
 @dataclasses.dataclass
@@ -79,7 +95,7 @@ class World:
 
     def __init__(self) -> None:
         self.cluster = FakeCluster("vms", "images", "elsewhere")
-        self.glance, self.machine = FakeGlance(), FakeMachine()
+        self.glance, self.nova, self.machine = FakeGlance(), FakeNova(), FakeMachine()
         self.cluster.now = OLD
         self.cluster.create_disk(BASE)
         self.seal(BASE)
@@ -97,6 +113,7 @@ class World:
             "pool": "vms",
             "glance_pools": ["images"],
             "glance": self.glance,
+            "nova": self.nova,
             "machine": self.machine,
             "now": NOW,
             "older_than_seconds": 24 * HOUR,

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, Callable, NoReturn, Optional
 
@@ -12,11 +14,16 @@ from keystoneauth1 import exceptions as ksa
 from nova_rbd_snap import errors
 from nova_rbd_snap.engine import unheard
 from nova_rbd_snap.engine.service import Engine
-from nova_rbd_snap.ledger.job import SNAP_PREFIX
-from nova_rbd_snap.ledger.store import OBJECT
+from nova_rbd_snap.flatten.means import ByWorker
+from nova_rbd_snap.flatten.queue import queue_image, shared_images
+from nova_rbd_snap.flatten.task import Flattening
+from nova_rbd_snap.janitor import parents
+from nova_rbd_snap.ledger.job import INLINE, SNAP_PREFIX, Owner
+from nova_rbd_snap.ledger.store import OBJECT, Ledger
 from nova_rbd_snap.openstack import registration
 from nova_rbd_snap.openstack.glance import Glance
 from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, Location
+from nova_rbd_snap.workers.worker import Worker
 from tests.fakes.cluster import FakeCluster
 from tests.fakes.engine import DEST, DISK, FROZEN, SERVER, make_engine, populated
 from tests.fakes.glance import Answer, FakeImageService
@@ -114,9 +121,9 @@ class Hindered:
             hindrance(call, arguments)
 
     def __getattr__(self, name: str) -> Any:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **more: Any) -> Any:
             self.hinder(name, *arguments)
-            return getattr(self._cluster, name)(*arguments)
+            return getattr(self._cluster, name)(*arguments, **more)
 
         return call
 
@@ -125,13 +132,20 @@ class FakeWorld(world.World):
     """See :class:`tests.faults.world.World`; besides, there is a running guest."""
 
     def __init__(
-        self, guest_module: Any, clone_format: int = 2, old_glance: bool = False, flat_disk: bool = False
+        self,
+        guest_module: Any,
+        clone_format: int = 2,
+        old_glance: bool = False,
+        flat_disk: bool = False,
+        flatten: str = INLINE,
     ) -> None:
         """
         :param old_glance: Glance has only the older of its two interfaces for locations.
         :param flat_disk: the server's disk is no clone of an image of Glance's.
+        :param flatten: by which policy.
         """
         super().__init__(DISK.name)
+        self._flatten = flatten
         self._guest_module = guest_module
         self.cluster = populated(clone_format)
         # Not the first snapshot here: the ledger's object is there.
@@ -158,8 +172,11 @@ class FakeWorld(world.World):
         return hindered
 
     def engine(self, **options: Any) -> Engine:
-        images = registration.Images(lambda: self._glance(self.service), TIMEOUT_SECONDS)
-        return make_engine(self.cluster, images=images, operation_timeout=TIMEOUT_SECONDS, **options)
+        more = {"operation_timeout": TIMEOUT_SECONDS, "flatten": self._flatten}
+        return make_engine(self.cluster, images=self._images(), **more, **options)
+
+    def _images(self) -> registration.Images:
+        return registration.Images(lambda: self._glance(self.service), TIMEOUT_SECONDS)
 
     @staticmethod
     def _glance(adapter: Any) -> Glance:
@@ -215,6 +232,26 @@ class FakeWorld(world.World):
 
     def has_data(self) -> bool:
         return self.cluster.exists(DEST)
+
+    def drain(self) -> None:
+        was_deleted = self.status() is None and self.service.was_active(DEST.name)
+        if self._flatten == INLINE or not (self.status() == "active" or was_deleted):
+            return
+        client = self.cluster.another()
+        owner = Owner("compute-9", "machine-9", "life-9", client.address())
+        for found in shared_images(client, DISK.pool, [DEST.pool]):
+            with contextlib.suppress(errors.LedgerConflict):
+                queue_image(found, Ledger(client, DISK.pool), owner, 0.0)
+        # Long after, so that nobody reads the image from before it was flat.
+        moments = itertools.count(10**10, 10**6)
+        flattening = Flattening(client, self._images(), ByWorker(client), lambda: float(next(moments)))
+        more = {"limit": 4, "lease_seconds": 60.0, "clock": lambda: float(next(moments))}
+        worker = Worker(client, DISK.pool, owner, [flattening], **more)
+        with self.cluster.with_room():
+            for _ in range(3):
+                worker.work(lambda: False)
+            if was_deleted:
+                list(parents.clear(client, DISK.pool, [DEST.pool], self._images(), float(10**10)))
 
     def assert_whole(self) -> None:
         portrait = self.cluster.picture()[DEST.pool]["images"][DEST.name]

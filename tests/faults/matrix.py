@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from nova_rbd_snap import errors
+from nova_rbd_snap.ledger.job import INLINE, POLICIES
 
 
 class Outcome(enum.Enum):
@@ -65,14 +66,14 @@ def _steps(*rows: tuple[str, str, str]) -> dict[str, Step]:
 #: ``seal``.
 ENGINE = _steps(
     ("connect", "connect fsid lookup", ""),
-    ("reserve", "fsid address has_pool lookup exists usual_data_pool", "omap_replace"),
+    ("reserve", "fsid address has_pool lookup exists usual_data_pool omap_item used ancestors", "omap_replace"),
     ("snap", "", "create_snap omap_replace"),
     ("protect", "", "protect_snap omap_replace"),
     ("clone", "exists", "clone omap_replace"),
     ("flatten", "", "flatten omap_replace"),
     ("release", "exists snaps ask_holder", "unprotect_snap remove_snap"),
     ("seal", "", "create_snap protect_snap omap_replace"),
-    ("forget", "omap_items address exists snaps", "omap_replace"),
+    ("forget", "omap_item address exists snaps lookup", "omap_replace"),
 )
 #: What nova-compute asks of the guest, before and after the snap.
 GUEST = _steps(("quiesce", "answer can", "freeze thaw"))
@@ -103,6 +104,7 @@ class Cause:
     :ivar suspends: nor can the disk be frozen for a full copy, so that Nova suspends the guest meanwhile.
     :ivar dead: nova-compute is: its engine, or that of the next one, sees to what is left.
     :ivar formats: of clones.
+    :ivar policies: of flattening.
     :ivar only_real: on fakes it means nothing.
     """
 
@@ -117,6 +119,7 @@ class Cause:
     suspends: bool = False
     dead: bool = False
     formats: tuple[int, ...] = (1, 2)
+    policies: tuple[str, ...] = POLICIES
     only_real: bool = False
 
     def __str__(self) -> str:
@@ -199,7 +202,8 @@ def _of_the_servers() -> Iterator[Cause]:
     yield Cause("holder_frozen", None, None, ("release",), frozenset({"ask_holder"}), lasts=True)
     for clone_format, error in ((1, errors.Busy), (2, errors.CephError)):
         steps = ("clone", "flatten", "release")
-        yield Cause("frozen_has_child", None, error, steps, lasts=True, formats=(clone_format,))
+        # Of an image that is not flattened at once the disk's snapshot stays anyhow.
+        yield Cause("frozen_has_child", None, error, steps, lasts=True, formats=(clone_format,), policies=(INLINE,))
     # The clone goes to the trash, and from there with its child.
     yield Cause("seal_has_child", None, errors.NotRegistered, ("metadata", "register"), lasts=True)
 
@@ -274,7 +278,7 @@ class Promise:
 class Cell:
     """One cause at one place.
 
-    :ivar variant: of the world it is in: ``clone_format``, ``old_glance``, ``flat_disk``.
+    :ivar variant: of the world it is in: ``clone_format``, ``old_glance``, ``flat_disk``, ``flatten``.
     """
 
     place: Place
@@ -346,6 +350,12 @@ EXEMPTIONS = (
         Promise(Outcome.FORWARD, None),
     ),
     Exemption(
+        "how full a pool is need not be known",
+        "raises NoPermission",
+        ("reserve.used",),
+        Promise(Outcome.FORWARD, None),
+    ),
+    Exemption(
         "a removal says that there is nothing, and yet there is",
         "raises Missing",
         ("release.ask_holder", "release.unprotect_snap", "release.remove_snap"),
@@ -354,7 +364,7 @@ EXEMPTIONS = (
     Exemption(
         "the image was active when it was deleted, with its data",
         "record_deleted",
-        ("forget.omap_items",),
+        ("forget.omap_item",),
         Promise(Outcome.ENDS, None),
     ),
 )
@@ -364,5 +374,6 @@ def cells(trace: Iterable[Place], **variant: Any) -> Iterator[Cell]:
     """The cells of a request that calls what is in *trace*."""
     for place in trace:
         for cause in CAUSES:
-            if cause.meets(place) and variant.get("clone_format", 2) in cause.formats:
+            fits = variant.get("clone_format", 2) in cause.formats and variant.get("flatten", INLINE) in cause.policies
+            if fits and cause.meets(place):
                 yield Cell(place, cause, variant)

@@ -60,6 +60,7 @@ _STATUS = {Outcome.FORWARD: "active", Outcome.BACK: "active", Outcome.UNHEARD: "
 
 
 def _assert_as_promised(world: World, before: dict[str, Any], found: recording.Cell, status: Optional[str]) -> None:
+    world.drain()
     left = _left(before, world)
     if status != "active" and world.has_data():
         left.append("the clone")

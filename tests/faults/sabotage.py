@@ -115,10 +115,10 @@ class Connection:
     def __getattr__(self, name: str) -> Any:
         return functools.partial(self._call, name)
 
-    def _call(self, name: str, *arguments: Any) -> Any:
+    def _call(self, name: str, *arguments: Any, **more: Any) -> Any:
         if not self._process.alive:
             raise Killed
-        return self._saboteur.on_cluster(name, lambda: getattr(self._cluster, name)(*arguments), arguments)
+        return self._saboteur.on_cluster(name, lambda: getattr(self._cluster, name)(*arguments, **more), arguments)
 
 
 #: The step that makes a request of Glance.

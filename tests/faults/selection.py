@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from nova_rbd_snap.ledger.job import BACKGROUND, NEVER
 from tests.faults.fake import FakeWorld
 from tests.faults.guest import guest_module
-from tests.faults.matrix import ENGINE, GUEST, Cell, Outcome, Place, cells
+from tests.faults.matrix import ENGINE, GLANCE, GUEST, Cell, Outcome, Place, cells
 
 GUEST_MODULE = guest_module()
 
@@ -29,6 +30,9 @@ def _all() -> Iterator[Cell]:
     yield from cells(old, old_glance=True)
     flat = (place for place in trace_of(flat_disk=True) if place.call == "usual_data_pool")
     yield from cells(flat, flat_disk=True)
+    for policy in (BACKGROUND, NEVER):
+        shared = (place for place in trace_of(flatten=policy) if place.step in (*ENGINE, *GLANCE))
+        yield from cells(shared, flatten=policy)
 
 
 #: What is tried on fakes.
@@ -37,14 +41,14 @@ FAKE = [cell for cell in _all() if not cell.cause.only_real]
 #: What is tried on real servers: of each cause the places, a ``*`` for all it meets. None of them needs a guest.
 _REAL = {
     "loses_the_answer Unreachable": "*",
-    "engine_killed before": "connect.connect snap.create_snap forget.omap_items",
+    "engine_killed before": "connect.connect snap.create_snap forget.omap_item",
     "engine_killed after": (
         "reserve.omap_replace snap.create_snap clone.clone flatten.flatten release.remove_snap seal.create_snap "
         "seal.protect_snap seal.omap_replace forget.omap_replace"
     ),
     "engine_killed meanwhile": "metadata.properties register.post wait.get",
     "engine_killed unfenced": "snap.create_snap flatten.flatten",
-    "both_killed before": "connect.connect reserve.omap_replace register.post wait.get forget.omap_items",
+    "both_killed before": "connect.connect reserve.omap_replace register.post wait.get forget.omap_item",
     "both_killed after": (
         "reserve.omap_replace snap.create_snap clone.clone flatten.flatten release.remove_snap seal.create_snap "
         "seal.protect_snap seal.omap_replace metadata.properties register.post forget.omap_replace"
@@ -55,8 +59,8 @@ _REAL = {
     "blocklisted": "*",
     "denied images": "reserve.has_pool clone.exists flatten.flatten seal.create_snap",
     "denied_writes images": "clone.exists flatten.flatten seal.create_snap",
-    "denied vms": "reserve.has_pool snap.create_snap seal.create_snap forget.omap_items",
-    "denied_writes vms": "reserve.has_pool snap.create_snap forget.omap_items",
+    "denied vms": "reserve.has_pool snap.create_snap seal.create_snap forget.omap_item",
+    "denied_writes vms": "reserve.has_pool snap.create_snap forget.omap_item",
     "name_taken": "reserve.has_pool clone.exists",
     "snap_taken": "reserve.has_pool snap.create_snap",
     "seal_taken": "*",
@@ -80,10 +84,10 @@ _REAL = {
     "full images": "clone.exists flatten.flatten seal.create_snap",
     "full vms": "reserve.has_pool snap.create_snap clone.exists seal.create_snap",
     "full_cluster": "connect.connect snap.create_snap clone.exists flatten.flatten seal.create_snap",
-    "frozen osds": "connect.connect snap.create_snap flatten.flatten seal.create_snap forget.omap_items",
-    "frozen monitor": "connect.connect snap.create_snap seal.create_snap forget.omap_items",
+    "frozen osds": "connect.connect snap.create_snap flatten.flatten seal.create_snap forget.omap_item",
+    "frozen monitor": "connect.connect snap.create_snap seal.create_snap forget.omap_item",
     "frozen manager": "snap.create_snap",
-    "killed osds": "snap.create_snap flatten.flatten forget.omap_items",
+    "killed osds": "snap.create_snap flatten.flatten forget.omap_item",
     "killed monitor": "snap.create_snap seal.create_snap",
     "killed manager": "snap.create_snap",
 }

@@ -14,7 +14,14 @@ from tests.faults import fake, selection
 from tests.faults.fake import FakeWorld
 from tests.faults.matrix import ANSWERS, CAUSES, ENGINE, EXEMPTIONS, GLANCE, STEPS, Outcome
 
-VARIANTS: tuple[dict[str, Any], ...] = ({}, {"clone_format": 1}, {"old_glance": True}, {"flat_disk": True})
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"clone_format": 1},
+    {"old_glance": True},
+    {"flat_disk": True},
+    {"flatten": "background"},
+    {"flatten": "never"},
+)
 
 
 def tree(cls: type[errors.SnapError]) -> set[type[errors.SnapError]]:

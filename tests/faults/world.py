@@ -69,6 +69,10 @@ class World(abc.ABC):
     def assert_whole(self) -> None:
         """The image's data are the disk's at the instant of the snapshot, in the form Glance wants."""
 
+    @abc.abstractmethod
+    def drain(self) -> None:
+        """Have an image that is active and not flat flattened, so that it can be seen to be what it shall."""
+
     # -- what happens in it --------------------------------------------------------------------------------------------
 
     def prepare(self, cell: Cell) -> None:

@@ -20,6 +20,7 @@ from nova_rbd_snap import errors
 from nova_rbd_snap.cli import __main__ as cli
 from nova_rbd_snap.cli import commands
 from nova_rbd_snap.engine import wiring
+from nova_rbd_snap.flatten import task
 from nova_rbd_snap.ledger.job import AT_WORK, BACKGROUND, FLATTEN, INLINE, NEVER
 from nova_rbd_snap.ledger.store import OBJECT, Ledger
 from nova_rbd_snap.specs import ImageSpec
@@ -96,6 +97,7 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.setattr(wiring, "connect", lambda settings, objects_at_once=None: world.cluster.another())
     monkeypatch.setattr(wiring, "glance", lambda nova_conf, settings: world.glance)
     monkeypatch.setattr("time.time", lambda: NOW)
+    monkeypatch.setattr(task, "_READERS_SECONDS", 0.0)
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     yield Shell(world, conf, capsys)
@@ -547,8 +549,36 @@ def test_trash(shell: Shell) -> None:
     glance.remove_snap(dest.snap("snap"))
     glance.remove(dest)
     assert shell("trash", "purge", "-f", "json") == 0
-    assert DISK.name in shell.rows()[0]["Removed"]
+    assert [(DISK.name in row["What"], row["Action"]) for row in shell.rows()] == [(True, "removed")]
     assert cluster.trashed(DISK.pool) == []
+
+
+IMAGES = "profile rbd pool=images"
+GLANCE = f"ceph auth caps client.glance mon 'profile rbd' osd '{IMAGES}{{more}}' mgr '{IMAGES}'"
+
+
+@pytest.mark.parametrize(("policy", "more"), [(INLINE, ""), (BACKGROUND, ", profile rbd-read-only pool=vms")])
+def test_caps(shell: Shell, tmp_path: Path, policy: str, more: str) -> None:
+    """What each user needs, and no more; who reads images reads Nova's pool only where they are not flat at once."""
+    conf = tmp_path / "other.conf"
+    conf.write_text(NOVA_CONF.replace("[libvirt]", "[libvirt]\nrbd_user = nova"))
+    assert shell("caps", "--policy", policy, "--reader", "cinder:volumes", "-f", "json", conf=conf) == 0
+    told = {row["User"]: row["Command"] for row in shell.rows()}
+    assert told.keys() == {"nova", "glance", "cinder"}
+    assert told["glance"] == GLANCE.format(more=more)
+    assert "osd 'profile rbd pool=vms, profile rbd pool=images'" in told["nova"]
+    assert f"osd 'profile rbd pool=volumes, profile rbd-read-only pool=images{more}'" in told["cinder"]
+
+
+def test_caps_of_the_administrator(shell: Shell) -> None:
+    """They are never taken away: without rbd_user nova-compute is client.admin."""
+    assert shell("caps", "-f", "json") == 0
+    assert {row["User"] for row in shell.rows()} == {"glance"}
+
+
+@pytest.mark.parametrize("words", [["--reader", "cinder"], ["--reader", ":volumes"], ["--policy", "later"]])
+def test_caps_that_make_no_sense(shell: Shell, words: list[str]) -> None:
+    assert shell("caps", *words) == 2
 
 
 def test_worker(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -561,6 +591,14 @@ def test_worker(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shell("worker") == 0
     watching.join(30)
     assert states(shell) == {}
+
+
+def test_worker_without_a_configuration(shell: Shell, tmp_path: Path) -> None:
+    """As any command."""
+    conf = tmp_path / "other.conf"
+    conf.write_text(NOVA_CONF.replace("operation_timeout = 5", "operation_timeout = soon"))
+    assert shell("worker", conf=conf) == 2
+    assert "operation_timeout" in shell.err
 
 
 def _end_when_flat(cluster: FakeCluster, handlers: dict[int, Any]) -> None:

@@ -4,19 +4,21 @@
 from __future__ import annotations
 
 import threading
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 import pytest
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.flatten import task
+from nova_rbd_snap.flatten import means, task
 from nova_rbd_snap.flatten.bounds import Bounds
+from nova_rbd_snap.flatten.queue import shared_images
+from nova_rbd_snap.flatten.readers import Probe
 from nova_rbd_snap.flatten.task import Flattening
-from nova_rbd_snap.ledger.job import AT_WORK, BACKGROUND, FLATTEN, INLINE, NEVER, QUEUED, Job, Owner
+from nova_rbd_snap.ledger.job import AT_WORK, BACKGROUND, CLONE, FLATTEN, INLINE, NEVER, PROBE, QUEUED, Job, Owner
 from nova_rbd_snap.ledger.store import OBJECT, Ledger
-from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec
+from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, Location
 from nova_rbd_snap.workers.worker import Worker, keep_working
-from tests.fakes.cluster import FakeCluster
+from tests.fakes.cluster import FakeCluster, Reader
 from tests.fakes.engine import (
     DEST,
     DISK,
@@ -56,6 +58,8 @@ class Clock:
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task, "_LOOK_SECONDS", 0.01)
     monkeypatch.setattr(task, "_DELETION_SECONDS", 0.1)
+    monkeypatch.setattr(task, "_READERS_SECONDS", 0.0)
+    monkeypatch.setattr(means, "_LOOK_SECONDS", 0.01)
 
 
 def make_worker(
@@ -64,6 +68,7 @@ def make_worker(
     *,
     cloud: str = "",
     images: Optional[FakeImages] = None,
+    by: str = means.WORKER,
     limit: int = 4,
     lease_seconds: float = LEASE_SECONDS,
     clock: Optional[Callable[[], float]] = None,
@@ -74,7 +79,7 @@ def make_worker(
         client,
         DISK.pool,
         Owner(host, f"machine of {host}", "life-1", client.address(), cloud),
-        [Flattening(client, images or FakeImages(uses_it=True))],
+        [Flattening(client, images or FakeImages(uses_it=True), means.of(by, client), clock or Clock())],
         limit=limit,
         lease_seconds=lease_seconds,
         clock=clock or Clock(),
@@ -83,6 +88,32 @@ def make_worker(
 
 def going_on() -> bool:
     return False
+
+
+class ReadingGlance:
+    """Glance, which reads what it is given, or fails to."""
+
+    def __init__(self, cluster: FakeCluster, error: Optional[Exception] = None) -> None:
+        self.cluster, self.error = cluster, error
+        self.seen: list[str] = []
+
+    def read(self, image_id: str, url: str) -> bytes:
+        self.seen.append(image_id)
+        if self.error is not None:
+            raise self.error
+        return self.cluster.content(Location.parse(url).snap)[0]
+
+    def delete(self, image_id: str) -> None:
+        if isinstance(self.error, errors.GlanceError):
+            raise self.error
+
+
+def probe(cluster: FakeCluster, glance: ReadingGlance, now: float = 0.0) -> Worker:
+    """A worker that finds out whether Glance can read."""
+    client = cluster.another()
+    owner = Owner("compute-1", "machine-1", "life-1", client.address())
+    task = Probe(client, glance, lambda: now)
+    return Worker(client, DISK.pool, owner, [task], limit=4, lease_seconds=LEASE_SECONDS, clock=lambda: now)
 
 
 def jobs(cluster: FakeCluster) -> list[Job]:
@@ -113,7 +144,7 @@ def assert_flat(cluster: FakeCluster, dest: ImageSpec = DEST) -> None:
 @later
 def test_image_before_it_is_flat(policy: str) -> None:
     """It holds the disk's bytes as of the snapshot, whatever the guest writes later, and costs no copy; the disk's own
-    snapshot is in librbd's trash, where it goes by itself; only what is to be flattened has a job."""
+    snapshot stays with it; only what is to be flattened has a job."""
     cluster = populated()
     engine = make_engine(cluster, flatten=policy)
     clone(engine)
@@ -121,7 +152,7 @@ def test_image_before_it_is_flat(policy: str) -> None:
     cluster.write(DISK, 0, b"later")
     assert cluster.content(DEST) == cluster.content(DEST.snap(GLANCE_SNAP)) == FROZEN
     assert "flatten" not in cluster.calls
-    assert [(snap.trashed, cluster.children(DISK, snap.id)) for snap in cluster.snaps(DISK)] == [(True, [DEST])]
+    assert [(snap.trashed, cluster.children(DISK, snap.id)) for snap in cluster.snaps(DISK)] == [(False, [DEST])]
     assert [(job.kind, job.step) for job in jobs(cluster)] == ([(FLATTEN, QUEUED)] if policy == BACKGROUND else [])
 
 
@@ -192,16 +223,23 @@ def test_snapshot_that_could_not_be_released() -> None:
 
 @later
 def test_image_that_glance_cannot_read(policy: str) -> None:
-    """It is flattened before it is registered after all, and so is what follows, for a while; else it is as ever."""
+    """It is flattened before it is registered after all, and once Glance took it so is what follows, in every engine,
+    until Glance was seen to read one that is not; else it is as ever."""
     cluster = populated()
     engine = make_engine(cluster, flatten=policy)
     clone(engine)
     assert engine.make_flat(DEST.name, Reports())
     assert not engine.make_flat(DEST.name, Reports())
+    assert [job.kind for job in jobs(cluster)] == [CLONE]
+    engine.distrust(DEST.name)
     engine.finish(DEST.name)
-    assert_flat(cluster)
-    clone(engine, image_id=image(2))
+    assert [(job.kind, job.flatten) for job in jobs(cluster)] == [(PROBE, INLINE)]
+    clone(make_engine(cluster, host="another host", flatten=policy), image_id=image(2))
     assert cluster.lookup(ImageSpec(DEST.pool, image(2))).parent is None
+    assert probe(cluster, ReadingGlance(cluster)).work(going_on)
+    assert not [job for job in jobs(cluster) if job.kind == PROBE]
+    clone(engine, image_id=image(3))
+    assert cluster.lookup(ImageSpec(DEST.pool, image(3))).parent is not None
 
 
 def test_image_that_cannot_be_made_flat() -> None:
@@ -290,10 +328,11 @@ def test_worker_flattens_what_waits() -> None:
     """One image after the other, until none waits; the oldest first."""
     cluster = populated()
     images = [queued(cluster, number) for number in (1, 2)]
+    seen: list[bool] = []
+    cluster.do_on("flatten", lambda *args: seen.extend(cluster.lookup(each).parent is None for each in images), nth=2)
     worker = make_worker(cluster, "another host")
     assert worker.work(going_on)
-    assert [cluster.lookup(each).parent is None for each in images] == [True, False]
-    assert worker.work(going_on)
+    assert seen == [True, False]
     assert not worker.work(going_on)
     for each in images:
         assert_flat(cluster, each)
@@ -312,9 +351,14 @@ def test_limit_of_the_cloud() -> None:
     cluster = populated()
     images = [queued(cluster, number) for number in (1, 2)]
     first, others = make_worker(cluster, limit=1), [make_worker(cluster, "another host", limit=1) for _ in range(2)]
-    did = []
-    cluster.do_on("flatten", lambda *args: did.extend(other.work(going_on) for other in others))
-    assert first.work(going_on)
+    did, stopped = [], threading.Event()
+
+    def others_come(*args: object) -> None:
+        did.extend(other.work(going_on) for other in others)
+
+    cluster.do_on("flatten", others_come)
+    cluster.do_on("flatten", lambda *args: stopped.set(), applied=True)
+    assert first.work(stopped.is_set)
     assert did == [False, False]
     assert [cluster.lookup(each).parent is None for each in images] == [True, False]
     assert others[0].work(going_on)
@@ -423,7 +467,7 @@ def test_operators_word(step: str) -> None:
     ledger = Ledger(cluster, DISK.pool)
     (job,) = ledger.read().jobs
     job = ledger.advance(job, step=step, attempts=5, not_before=10**10)
-    assert make_engine(cluster, host="operator").end(job.id) == "queued"
+    assert make_engine(cluster, host="operator").end(job.id, "") == "queued"
     assert cluster.fenced == ({job.owner.client} if step == AT_WORK else set())
     assert make_worker(cluster).work(going_on)
     assert_flat(cluster)
@@ -593,10 +637,9 @@ def test_server_of_an_image_that_is_not_flat(policy: str) -> None:
     for each in images:
         assert [waiting.name for waiting in cluster.trashed(DISK.pool)] == [DISK.name]
         assert cluster.content(each.snap(GLANCE_SNAP)) == FROZEN
-        if policy == BACKGROUND:
-            assert make_worker(cluster).work(going_on)
-            assert cluster.content(each.snap(GLANCE_SNAP)) == FROZEN
         delete_image(cluster, each)
+    while make_worker(cluster).work(going_on):
+        pass
     assert cluster.trashed(DISK.pool) == []
     assert jobs(cluster) == []
 
@@ -688,3 +731,507 @@ def test_cluster_that_does_not_answer(caplog: pytest.LogCaptureFixture) -> None:
     assert len(attempts) == refusals + 1
     assert len([record for record in caplog.records if "no answer" in record.message]) == 1
     assert_flat(cluster)
+
+
+# -- who has the image open from before --------------------------------------------------------------------------------
+
+DAY = 24 * 3600.0
+
+
+@pytest.fixture
+def real_days(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task, "_READERS_SECONDS", DAY)
+
+
+def with_zeros(cluster: FakeCluster) -> ImageSpec:
+    """An image that waits to be flattened, of a disk that has zeros written to it."""
+    cluster.write(DISK, 1, b"")
+    return queued(cluster)
+
+
+def read(reader: Reader) -> dict[int, bytes]:
+    return {number: data for number in range(4) if (data := reader.read(number))}
+
+
+@pytest.mark.usefixtures("real_days")
+def test_download_goes_on() -> None:
+    """It began before the image was flat, and gets what was frozen, not what the server writes meanwhile: for a day the
+    disk's snapshot stays, and then goes."""
+    cluster, clock = populated(), Clock()
+    with_zeros(cluster)
+    reader = cluster.open_reader(DEST.snap(GLANCE_SNAP))
+    worker = make_worker(cluster, clock=clock)
+    assert worker.work(going_on)
+    assert cluster.lookup(DEST).parent is None
+    for number in range(4):
+        cluster.write(DISK, number, b"later")
+    assert read(reader) == FROZEN
+    flat_at = clock.now
+    while clock.now < flat_at + DAY:
+        (job,) = jobs(cluster)
+        assert (job.step, job.attempts) == (QUEUED, 0)
+        assert "stays" in job.failures[0]
+        assert not worker.work(going_on)
+        clock.now = job.not_before
+        assert worker.work(going_on)
+    assert clock.now == flat_at + DAY
+    assert_flat(cluster)
+
+
+@pytest.mark.usefixtures("real_days")
+def test_server_that_was_booted_goes_on() -> None:
+    """However long it lives; one that was booted of the flat image is not waited for."""
+    cluster, clock = populated(), Clock()
+    dest = with_zeros(cluster)
+    cluster.now = clock.now
+    booted = boot(cluster, dest, 1)
+    reader = cluster.open_reader(dest.snap(GLANCE_SNAP))
+    worker = make_worker(cluster, clock=clock)
+    while clock.now < 5 * DAY:
+        assert worker.work(going_on)
+        (job,) = jobs(cluster)
+        cluster.write(DISK, 1, b"later")
+        assert read(reader) == FROZEN
+        clock.now = job.not_before
+    assert str(booted) in job.failures[0]
+    cluster.now = clock.now
+    boot(cluster, dest, 2)
+    cluster.remove(booted)
+    assert worker.work(going_on)
+    assert_flat(cluster)
+
+
+@pytest.mark.usefixtures("real_days")
+def test_server_in_the_trash_may_be_read() -> None:
+    """By an image of its own that is not flat."""
+    cluster, clock = populated(), Clock()
+    dest = with_zeros(cluster)
+    cluster.now = clock.now
+    booted = boot(cluster, dest, 1)
+    engine = make_engine(cluster, flatten=NEVER)
+    clone(engine, image_id=image(2), disk=booted.name)
+    engine.finish(image(2))
+    second = ImageSpec(DEST.pool, image(2))
+    reader = cluster.open_reader(second.snap(GLANCE_SNAP))
+    assert engine.remove_disks(image(1)) == []
+    worker = make_worker(cluster, clock=clock)
+    while clock.now < 3 * DAY:
+        assert worker.work(going_on)
+        clock.now = jobs(cluster)[0].not_before
+        cluster.write(DISK, 1, b"later")
+        assert read(reader) == FROZEN
+    delete_image(cluster, second)
+    assert worker.work(going_on)
+    assert_flat(cluster)
+
+
+@pytest.mark.usefixtures("real_days")
+@pytest.mark.parametrize("image_goes_first", [True, False])
+def test_nothing_waits_for_readers_of_what_is_gone(image_goes_first: bool) -> None:
+    """With the image, or the server, goes the snapshot."""
+    cluster, clock = populated(), Clock()
+    with_zeros(cluster)
+    worker = make_worker(cluster, clock=clock)
+    assert worker.work(going_on)
+    if image_goes_first:
+        delete_image(cluster, DEST)
+    else:
+        reader = cluster.open_reader(DEST.snap(GLANCE_SNAP))
+        assert make_engine(cluster).remove_disks(SERVER) == []
+        assert not cluster.exists(DISK)
+        assert read(reader) == FROZEN
+    clock.now = jobs(cluster)[0].not_before
+    assert worker.work(going_on)
+    assert jobs(cluster) == []
+    assert not cluster.exists(DISK) or cluster.snaps(DISK) == []
+
+
+def test_map_of_the_objects() -> None:
+    """There is none until the image is flat, and then there is, also where the worker died in between."""
+    cluster = populated()
+    queued(cluster)
+    assert not cluster._open(DEST).has_map
+    cluster.fail_on("give_object_map", errors.Unreachable)
+    clock = Clock()
+    worker = make_worker(cluster, clock=clock)
+    assert worker.work(going_on)
+    assert not cluster._open(DEST).has_map
+    clock.now = jobs(cluster)[0].not_before
+    assert worker.work(going_on)
+    assert cluster._open(DEST).has_map
+    assert_flat(cluster)
+
+
+def test_map_that_somebody_gave() -> None:
+    """It is taken away before the image is flattened, for it would hide what is copied."""
+    cluster = populated()
+    queued(cluster)
+    cluster.give_object_map(DEST)
+    reader: list[Reader] = []
+    cluster.do_on("flatten", lambda *args: reader.append(cluster.open_reader(DEST.snap(GLANCE_SNAP))))
+    assert make_worker(cluster).work(going_on)
+    assert read(reader[0]) == FROZEN
+
+
+# -- what the reviews found --------------------------------------------------------------------------------------------
+
+
+def test_glance_that_cannot_be_asked() -> None:
+    """Over a deletion that failed: the record may be alive, so it gets its data back."""
+    cluster = populated()
+    queued(cluster)
+    images = FakeImages()
+    images.error = errors.NotAuthorized("no role")
+    unseal_around_flatten(cluster, "after")
+    assert make_worker(cluster, images=images).work(going_on)
+    assert_flat(cluster)
+
+
+def test_image_without_its_snapshot_does_not_wait_long() -> None:
+    """Whatever was in the way: until it is made again the image cannot be used."""
+    cluster, clock = populated(), Clock()
+    queued(cluster)
+    unseal_around_flatten(cluster, "after")
+    for nth in range(1, 4):
+        cluster.fail_on("create_snap", errors.CephError, nth=nth)
+    worker = make_worker(cluster, clock=clock)
+    for _ in range(3):
+        assert worker.work(going_on)
+        (job,) = jobs(cluster)
+        assert job.not_before - clock.now <= 60
+        clock.now = job.not_before
+    assert worker.work(going_on)
+    assert_flat(cluster)
+
+
+def test_deletions_over_and_over() -> None:
+    """Each that does not succeed leaves the image whole."""
+    cluster, clock = populated(), Clock()
+    queued(cluster)
+    cluster.do_on("flatten", lambda *args: unseal(cluster), applied=True)
+    for nth in range(1, 4):
+        cluster.do_on("protect_snap", lambda *args: unseal(cluster), nth=nth, applied=True)
+    assert make_worker(cluster, clock=clock).work(going_on)
+    assert_flat(cluster)
+
+
+def test_image_that_stock_nova_still_flattens() -> None:
+    """It is not sealed, so it is no image yet: nobody queues it."""
+    cluster = populated()
+    stock = DISK.snap("0123456789abcdef" * 2)
+    cluster.create_snap(stock)
+    cluster.clone(stock, DEST, None)
+    assert list(shared_images(cluster, DISK.pool, [DEST.pool])) == []
+    cluster.create_snap(DEST.snap(GLANCE_SNAP))
+    assert list(shared_images(cluster, DISK.pool, [DEST.pool])) == []
+    cluster.protect_snap(DEST.snap(GLANCE_SNAP))
+    assert [found.image for found in shared_images(cluster, DISK.pool, [DEST.pool])] == [DEST]
+
+
+@pytest.mark.parametrize("became", ["done", "another's"])
+def test_nobody_is_cut_off_for_what_was_read_before(became: str) -> None:
+    """A job was done, or taken, between the reading of the ledger and the lease."""
+    cluster = populated()
+    queued(cluster)
+    ledger = Ledger(cluster, DISK.pool)
+    (job,) = ledger.read().jobs
+    job = ledger.advance(job, step=AT_WORK)
+
+    def change(*args: object) -> None:
+        if became == "done":
+            ledger.forget(job)
+        else:
+            ledger.advance(job, owner=Owner("compute-2", "machine-2", "life-1", "192.0.2.9:0/9"))
+
+    cluster.do_on("take_lease", change)
+    assert not make_worker(cluster).work(going_on)
+    assert cluster.fenced == set()
+
+
+def test_job_that_failed_for_years() -> None:
+    """It is tried once an hour, and keeps no other from being done."""
+    cluster, clock = populated(), Clock()
+    queued(cluster, 1)
+    queued(cluster, 2)
+    ledger = Ledger(cluster, DISK.pool)
+    ledger.advance(ledger.read().jobs[0], attempts=10**6)
+    cluster.fail_on("flatten", errors.CephError)
+    assert make_worker(cluster, clock=clock).work(going_on)
+    (job,) = jobs(cluster)
+    assert (job.step, job.attempts, job.not_before - clock.now) == (QUEUED, 10**6 + 1, 3600.0)
+
+
+@pytest.mark.parametrize("step", [QUEUED, AT_WORK])
+def test_operator_gives_a_job_to_another_cloud(step: str) -> None:
+    """Keystone's address was changed, so to speak: no worker of ours takes it until then."""
+    cluster = populated()
+    queued(cluster, cloud="http://old")
+    ledger = Ledger(cluster, DISK.pool)
+    ledger.advance(ledger.read().jobs[0], step=step)
+    assert not make_worker(cluster, cloud="http://new").work(going_on)
+    operator = make_engine(cluster, host="operator", cloud="http://old")
+    assert operator.end(DEST.name, "http://new") == "queued"
+    assert make_worker(cluster, cloud="http://new").work(going_on)
+    assert_flat(cluster)
+
+
+def test_no_connection_is_made_for_what_others_do() -> None:
+    """A job at work elsewhere, whose lease is held, is no reason to connect; once it is free it is."""
+    cluster = populated()
+    queued(cluster)
+    dead = killed_amid(cluster)
+    made: list[object] = []
+    engine = make_engine(cluster, host="compute-2", reclaim_interval=0)
+    engine._connect_to_work = lambda: made.append(object()) or cluster.another()  # type: ignore[func-returns-value]
+    working = in_thread(engine.keep_working, FLATTEN)
+    seen = cluster.calls.count("take_lease")
+    eventually(lambda: cluster.calls.count("take_lease") > seen + 5, "it looks", pause=0.01)
+    assert made == []
+    cluster.let_pass(LEASE_SECONDS)
+    eventually(lambda: not jobs(cluster), "it is taken over", pause=0.01)
+    assert cluster.fenced == {dead._owner.client}
+    engine.stop(BOUND_SECONDS)
+    working.result(BOUND_SECONDS)
+
+
+# -- strain ------------------------------------------------------------------------------------------------------------
+
+
+def test_cluster_under_strain() -> None:
+    """No flatten is begun, which is no failure; it is looked again in a minute."""
+    cluster, clock = populated(), Clock()
+    queued(cluster)
+    cluster.put_under_strain("Ceph reports 3 slow ops")
+    worker = make_worker(cluster, clock=clock)
+    assert worker.work(going_on)
+    (job,) = jobs(cluster)
+    assert (job.step, job.attempts, job.not_before - clock.now) == (QUEUED, 0, 60.0)
+    assert "3 slow ops" in job.failures[0]
+    assert "flatten" not in cluster.calls
+    cluster.put_under_strain(None)
+    clock.now = job.not_before
+    assert worker.work(going_on)
+    assert_flat(cluster)
+
+
+def test_strain_amid_a_flatten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops between two objects."""
+    monkeypatch.setattr(task, "_STRAIN_LOOKS", 1)
+    cluster = populated()
+    huge = endless_disk(cluster)
+    engine = make_engine(cluster, flatten=BACKGROUND)
+    clone(engine, disk=huge.name)
+    engine.finish(DEST.name)
+    cluster.do_on("flatten", lambda *args: cluster.put_under_strain("Ceph recovers 7 placement groups"))
+    assert in_thread(make_worker(cluster).work, going_on).result(BOUND_SECONDS)
+    (job,) = jobs(cluster)
+    assert (job.step, job.attempts) == (QUEUED, 0)
+    assert "7 placement groups" in job.failures[0]
+
+
+def test_strain_that_may_not_be_asked_about() -> None:
+    """It does not keep an image from being flattened."""
+    cluster = populated()
+    queued(cluster)
+    cluster.fail_on("strain", errors.NoPermission)
+    assert make_worker(cluster).work(going_on)
+    assert_flat(cluster)
+
+
+# -- the manager's queue -----------------------------------------------------------------------------------------------
+
+
+def test_manager_flattens() -> None:
+    """The worker only watches; in the end all is as if it had done it."""
+    cluster = populated()
+    queued(cluster)
+    seen: list[Optional[str]] = []
+    cluster.do_on("flatten_task", lambda *args: seen.append(jobs(cluster)[0].task), nth=3)
+    assert make_worker(cluster, by=means.MANAGER).work(going_on)
+    assert_flat(cluster)
+    assert seen != [None]
+
+
+def test_manager_that_fails() -> None:
+    """Our task is cancelled, and it is tried again later."""
+    cluster, clock = populated(), Clock()
+    queued(cluster)
+    cluster.fail_in_manager("no space")
+    worker = make_worker(cluster, by=means.MANAGER, clock=clock)
+    assert worker.work(going_on)
+    (job,) = jobs(cluster)
+    assert job.attempts == 1
+    assert "no space" in job.failures[0]
+    cluster.fail_in_manager("")
+    assert cluster.flatten_task(DEST) is None
+    clock.now = job.not_before
+    assert worker.work(going_on)
+    assert_flat(cluster)
+
+
+@pytest.mark.parametrize("uses_it", [True, False])
+def test_image_is_deleted_while_the_manager_flattens(uses_it: bool) -> None:
+    """Our task is cancelled; then as ever."""
+    cluster = populated()
+    before = cluster.picture()
+    queued(cluster)
+    cluster.do_on("flatten_task", lambda *args: unseal(cluster), nth=2)
+    slowly = threading.Event()
+    cluster.do_on("flatten_task", lambda *args: slowly.wait(0.1), nth=3)
+    assert make_worker(cluster, by=means.MANAGER, images=FakeImages(uses_it=uses_it)).work(going_on)
+    if uses_it:
+        assert_flat(cluster)
+    else:
+        assert cluster.picture() == before
+
+
+def test_task_of_somebody_else() -> None:
+    """It is waited for, and never cancelled, whatever happens."""
+    cluster = populated()
+    queued(cluster)
+    theirs = cluster.queue_flatten(DEST)
+    stopped = threading.Event()
+    cluster.do_on("flatten_task", lambda *args: stopped.set(), nth=2)
+    assert make_worker(cluster, by=means.MANAGER).work(stopped.is_set)
+    assert "cancel_task" not in cluster.calls
+    task_now = cluster.flatten_task(DEST)
+    assert task_now is not None
+    assert task_now.id == theirs.id
+    assert make_worker(cluster, by=means.MANAGER).work(going_on)
+    assert_flat(cluster)
+
+
+def test_nobody_seals_while_somebody_else_flattens() -> None:
+    """What a snapshot would show is not certain then; it is made once the task has ended."""
+    cluster, clock = populated(), Clock()
+    queued(cluster)
+    cluster.queue_flatten(DEST)
+    unseal(cluster)
+    sealed: list[object] = []
+    cluster.do_on("create_snap", lambda *args: sealed.append(cluster.flatten_task(DEST)))
+    worker = make_worker(cluster, by=means.MANAGER, clock=clock)
+    for _ in range(10):
+        worker.work(going_on)
+        clock.now += 3600
+    assert sealed == [None]
+    assert_flat(cluster)
+
+
+# -- whether Glance can read -------------------------------------------------------------------------------------------
+
+
+def ask(cluster: FakeCluster) -> None:
+    """Have it found out, as an engine does when it starts."""
+    engine = make_engine(cluster, flatten=BACKGROUND, glance_pool=DEST.pool)
+    engine._ask_readers()
+
+
+def test_glance_reads() -> None:
+    """It is given a clone of a disk that nobody needs, and its answer compared; nothing is left of that."""
+    cluster = populated()
+    before = cluster.picture()
+    ask(cluster)
+    ask(cluster)
+    assert [job.kind for job in jobs(cluster)] == [PROBE]
+    glance = ReadingGlance(cluster)
+    assert probe(cluster, glance).work(going_on)
+    assert len(glance.seen) == 1
+    assert cluster.picture() == before
+
+
+@pytest.mark.parametrize("error", [errors.NotReadable("no rights"), errors.GlanceSilent("no answer")])
+def test_glance_that_does_not_read(error: errors.SnapError) -> None:
+    """It is asked again and again; only if it said that it cannot all is flattened at once meanwhile."""
+    cluster = populated()
+    ask(cluster)
+    before = cluster.picture()["images"], cluster.picture()["vms"]["images"]
+    glance, now = ReadingGlance(cluster, error), 0.0
+    for attempt in range(1, 4):
+        assert probe(cluster, glance, now).work(going_on)
+        (job,) = jobs(cluster)
+        assert (job.step, job.attempts, len(glance.seen)) == (QUEUED, attempt, attempt)
+        assert str(error) in job.failures[0]
+        now = job.not_before
+    assert len(set(glance.seen)) == 3
+    assert (cluster.picture()["images"], cluster.picture()["vms"]["images"]) == before
+    clone(make_engine(cluster, host="compute-2", flatten=NEVER))
+    assert (cluster.lookup(DEST).parent is None) == isinstance(error, errors.NotReadable)
+    glance.error = None
+    assert probe(cluster, glance, now).work(going_on)
+    assert not [job for job in jobs(cluster) if job.kind == PROBE]
+
+
+def test_glance_that_reads_something_else() -> None:
+    """That is no reading."""
+    cluster = populated()
+    ask(cluster)
+    glance = ReadingGlance(cluster)
+    glance.read = lambda image_id, url: b"zeros"  # type: ignore[method-assign]
+    assert probe(cluster, glance).work(going_on)
+    assert [job.flatten for job in jobs(cluster)] == [INLINE]
+
+
+def test_glance_that_may_not_be_asked() -> None:
+    """What it was seen not to take is believed for an hour then."""
+    cluster = populated()
+    engine = make_engine(cluster, flatten=NEVER)
+    clone(engine)
+    engine.make_flat(DEST.name, Reports())
+    engine.distrust(DEST.name)
+    glance = ReadingGlance(cluster, errors.NotAuthorized("no role"))
+    for now in (0.0, 3000.0):
+        assert probe(cluster, glance, now).work(going_on)
+        assert [job.flatten for job in jobs(cluster) if job.kind == PROBE] == [INLINE]
+    assert probe(cluster, glance, 10000.0).work(going_on)
+    assert not [job for job in jobs(cluster) if job.kind == PROBE]
+
+
+@pytest.mark.parametrize("call", ["create", "create_snap", "clone", "protect_snap", "remove", "omap_replace"])
+@pytest.mark.parametrize("applied", [True, False])
+def test_probe_that_is_killed(call: str, applied: bool) -> None:
+    """The next one clears what it made, and begins anew."""
+    cluster = populated()
+    before = cluster.picture()
+    ask(cluster)
+
+    def die(*args: object) -> None:
+        raise Killed
+
+    cluster.do_on(call, die, nth=3 if call == "omap_replace" else 1, applied=applied)
+    cluster.do_on("end_lease", die)
+    with pytest.raises(Killed):
+        probe(cluster, ReadingGlance(cluster)).work(going_on)
+    cluster.heal()
+    cluster.let_pass(LEASE_SECONDS)
+    assert probe(cluster, ReadingGlance(cluster)).work(going_on)
+    assert cluster.picture() == before
+
+
+@pytest.mark.parametrize("options", [{"flatten": INLINE}, {"glance_pool": None}])
+def test_nothing_to_find_out(options: dict[str, Any]) -> None:
+    """Without another policy, or a pool that is known."""
+    cluster = populated()
+    make_engine(cluster, **{"flatten": NEVER, "glance_pool": DEST.pool, **options})._ask_readers()
+    assert jobs(cluster) == []
+
+
+# -- a pool that fills -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("used", "most", "becomes"), [(0.79, 80, NEVER), (0.8, 80, BACKGROUND), (0.99, 100, NEVER), (0.1, 0, BACKGROUND)]
+)
+def test_never_in_a_pool_that_fills(used: float, most: int, becomes: str) -> None:
+    """Disks of deleted servers would be one thing too many."""
+    cluster = populated()
+    cluster.use(DISK.pool, used)
+    clone(make_engine(cluster, flatten=NEVER, never_max_used_percent=most))
+    assert [job.flatten for job in jobs(cluster)] == [becomes]
+
+
+def test_pool_whose_use_may_not_be_asked_about() -> None:
+    """It is taken for empty."""
+    cluster = populated()
+    cluster.fail_on("used", errors.NoPermission)
+    clone(make_engine(cluster, flatten=NEVER))
+    assert [job.flatten for job in jobs(cluster)] == [NEVER]

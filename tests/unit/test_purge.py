@@ -9,6 +9,7 @@ from nova_rbd_snap import errors
 from nova_rbd_snap.janitor.purge import Purge
 from nova_rbd_snap.ledger.job import AT_WORK, FLATTEN, NEVER, PURGE, QUEUED, Owner, purge_id
 from nova_rbd_snap.ledger.store import Ledger
+from nova_rbd_snap.snapshot import steps
 from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec
 from nova_rbd_snap.workers.worker import Worker
 from tests.fakes.cluster import FakeCluster
@@ -23,10 +24,13 @@ def going_on() -> bool:
     return False
 
 
-def make_worker(cluster: FakeCluster, host: str = "compute-1") -> Worker:
+def make_worker(cluster: FakeCluster, host: str = "compute-1", now: float = NOW) -> Worker:
+    def clock() -> float:
+        return now
+
     client = cluster.another()
     owner = Owner(host, f"machine of {host}", "life-1", client.address())
-    return Worker(client, DISK.pool, owner, [Purge(client)], limit=4, lease_seconds=60.0, clock=lambda: NOW)
+    return Worker(client, DISK.pool, owner, [Purge(client, clock)], limit=4, lease_seconds=60.0, clock=clock)
 
 
 def jobs(cluster: FakeCluster) -> list[tuple[str, str]]:
@@ -88,12 +92,65 @@ def test_deletion_that_dies_before_the_trash() -> None:
 
 
 def test_disk_that_was_taken_back() -> None:
-    """An operator has restored it: it stays."""
+    """An operator has restored it: it stays, and in a while the job is forgotten."""
     cluster = populated()
     make_engine(cluster, delete="trash").remove_disks(SERVER)
     pool = cluster._state.pools[DISK.pool]
     pool.images[DISK.name] = pool.trash.pop()
     assert make_worker(cluster).work(going_on)
+    assert cluster.content(DISK) == FROZEN
+    assert jobs(cluster) == [(PURGE, QUEUED)]
+    assert make_worker(cluster, now=NOW + 3600).work(going_on)
+    assert cluster.content(DISK) == FROZEN
+    assert jobs(cluster) == []
+
+
+def test_disk_that_was_put_back() -> None:
+    """An operator has restored it, and trashed it again to be kept: it goes when that is over."""
+    cluster = populated()
+    make_engine(cluster, delete="trash").remove_disks(SERVER)
+    cluster._state.pools[DISK.pool].trash[0].kept_until = NOW + 500
+    assert make_worker(cluster).work(going_on)
+    assert not make_worker(cluster, now=NOW + 499).work(going_on)
+    assert [each.name for each in cluster.trashed(DISK.pool)] == [DISK.name]
+    assert make_worker(cluster, now=NOW + 500).work(going_on)
+    assert cluster.trashed(DISK.pool) == []
+    assert jobs(cluster) == []
+
+
+def test_worker_that_comes_before_the_trash() -> None:
+    """It finds the disk where it was: the job is done later, not forgotten."""
+    cluster = populated()
+    cluster.do_on("trash", lambda *args: make_worker(cluster).work(going_on))
+    assert make_engine(cluster, delete="trash").remove_disks(SERVER) == []
+    assert jobs(cluster) == [(PURGE, QUEUED)]
+    assert make_worker(cluster, now=NOW + 60).work(going_on)
+    assert cluster.trashed(DISK.pool) == []
+    assert jobs(cluster) == []
+
+
+@pytest.mark.parametrize("delete", ["now", "trash"])
+def test_disk_that_somebody_has_open(delete: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than a dead client counts, so that it cannot be removed: it goes once that is over, unasked."""
+    monkeypatch.setattr(steps._when_free, "sleep", lambda seconds: None)
+    cluster = populated()
+    cluster.hold(DISK, float("inf"))
+    make_engine(cluster, delete=delete).remove_disks(SERVER)
+    assert not cluster.exists(DISK)
+    assert jobs(cluster) == [(PURGE, QUEUED)]
+    assert make_worker(cluster).work(going_on)
+    assert cluster.trashed(DISK.pool) == []
+    assert jobs(cluster) == []
+
+
+def test_disk_that_cannot_be_trashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays where it is, which is told, and no job is left that would remove it some day."""
+    monkeypatch.setattr(steps._when_free, "sleep", lambda seconds: None)
+    cluster = populated()
+    for nth in range(1, 100):
+        cluster.fail_on("trash", errors.Busy, nth=nth)
+    (text,) = make_engine(cluster, delete="trash").remove_disks(SERVER)
+    assert str(DISK) in text
     assert cluster.content(DISK) == FROZEN
     assert jobs(cluster) == []
 

@@ -370,11 +370,11 @@ def test_jobs_of_others_are_left_alone(other: dict[str, str]) -> None:
 def test_operators_word() -> None:
     """Named by an operator a job of another host is ended as if it were ours, its client cut off first."""
     cluster, before, theirs = dead_at("flatten")
-    next_engine(cluster, host="compute-2").end(DEST.name)
+    next_engine(cluster, host="compute-2").end(DEST.name, "")
     assert theirs.blocklisted
     assert cluster.picture() == before
     with pytest.raises(errors.NoRecord):
-        next_engine(cluster, host="compute-2").end(DEST.name)
+        next_engine(cluster, host="compute-2").end(DEST.name, "")
 
 
 def test_nobody_is_touched_without_fencing() -> None:

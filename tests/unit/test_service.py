@@ -470,7 +470,7 @@ def test_takeover_is_told(caplog: pytest.LogCaptureFixture) -> None:
     theirs = cluster.another()
     clone(make_engine(cluster, host="compute-9", connect=lambda: theirs))
     with caplog.at_level(logging.WARNING), pytest.raises(errors.InDoubt):
-        make_engine(cluster, images=FakeImages(uses_it=None)).end(DEST.name)
+        make_engine(cluster, images=FakeImages(uses_it=None)).end(DEST.name, "")
     (record,) = caplog.records
     for word in (DEST.name, "compute-9", theirs.address()):
         assert word in record.getMessage()
@@ -522,7 +522,7 @@ def test_nobody_is_cut_off_for_a_record_alone() -> None:
     assert Ledger(cluster, "vms").load(COPY).owner.client == these.connections[0].address()
     other = make_engine(cluster, host="compute-2", images=FakeImages(settles_as=False))
     assert other.cancel(SERVER) == []
-    other.end(COPY)
+    other.end(COPY, "")
     assert not these.connections[0].blocklisted
     assert records(cluster) == {}
 
