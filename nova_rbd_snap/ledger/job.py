@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from nova_rbd_snap.specs import UUID, ImageSpec, SnapSpec, client_address
@@ -107,6 +107,7 @@ class Job:
     :ivar not_before: when it may be tried again, in seconds since the epoch.
     :ivar flat_at: when the flatten was done, in seconds since the epoch.
     :ivar task: id of the Ceph manager's task that does it.
+    :ivar text: as it was read, which another release may have written otherwise; empty where it is :meth:`encode`'s.
     """
 
     id: str
@@ -131,6 +132,7 @@ class Job:
     task: Optional[str] = None
     flat_at: Optional[float] = None
     generation: int = 0
+    text: str = field(default="", compare=False, repr=False)
 
     @property
     def image_id(self) -> str:
@@ -153,8 +155,9 @@ class Job:
     def encode(self) -> str:
         """The record as text."""
         # Without what is as usual: a release that knows more of such leaves the text of an older one as it is.
-        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        usual = {known.name: known.default for known in dataclasses.fields(self)}
         told = {name: value for name, value in dataclasses.asdict(self).items() if value != usual[name]}
+        told.pop("text", None)
         return json.dumps({"version": VERSION, **told}, sort_keys=True)
 
     @classmethod
@@ -172,7 +175,9 @@ class Job:
             data["disk"] = ImageSpec(**data["disk"])
             data["dest"] = ImageSpec(**data["dest"]) if data.get("dest") else None
             data["failures"] = tuple(data.get("failures", ()))
-            job = cls(**data)
+            if "text" in data:
+                raise ValueError("a record within a record")
+            job = cls(**data, text=text)
             job._validate()
         except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a record of the ledger: {error!r}") from error

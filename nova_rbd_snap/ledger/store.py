@@ -31,6 +31,11 @@ class Contents:
     strange: dict[str, str]
 
 
+def _text(job: Job) -> str:
+    """What stands in the ledger for a job as it was read, or written, last."""
+    return job.text or job.encode()
+
+
 class Ledger:
     """The ledger of one pool."""
 
@@ -43,6 +48,7 @@ class Ledger:
 
         :raises errors.LedgerConflict: there is a job with this id, whatever its state.
         """
+        job = dataclasses.replace(job, text="")
         try:
             self._cluster.omap_replace(self._pool, OBJECT, job.id, None, job.encode())
         except errors.LedgerConflict as error:
@@ -63,13 +69,13 @@ class Ledger:
 
         :raises errors.LedgerConflict: the record is no longer the one given.
         """
-        changed = dataclasses.replace(job, generation=job.generation + 1, **changes)
-        self._cluster.omap_replace(self._pool, OBJECT, job.id, job.encode(), changed.encode())
+        changed = dataclasses.replace(job, generation=job.generation + 1, text="", **changes)
+        self._cluster.omap_replace(self._pool, OBJECT, job.id, _text(job), changed.encode())
         return changed
 
     def forget(self, job: Job) -> None:
         """Remove the record. :raises errors.LedgerConflict: it is no longer the one given."""
-        self._cluster.omap_replace(self._pool, OBJECT, job.id, job.encode(), None)
+        self._cluster.omap_replace(self._pool, OBJECT, job.id, _text(job), None)
 
     def load(self, job_id: str) -> Job:
         """The job as recorded. :raises errors.NoRecord: there is none that this release can read."""

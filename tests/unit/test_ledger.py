@@ -212,3 +212,23 @@ def test_record_under_another_key(cluster: FakeCluster, ledger: Ledger) -> None:
     """A record that was copied is not the job."""
     cluster.omap_replace("vms", OBJECT, ANOTHER, None, JOB.encode())
     assert ledger.read().jobs == []
+
+
+def test_record_of_another_release() -> None:
+    """What stands in it is what is replaced, however this release would have written it."""
+    cluster = FakeCluster("vms")
+    ledger = Ledger(cluster, "vms")
+    text = json.dumps({**json.loads(JOB.encode()), "orphaned": False, "percent": 0}, indent=1)
+    cluster.omap_replace("vms", OBJECT, JOB.id, None, text)
+    job = ledger.load(JOB.id)
+    assert job == JOB
+    job = ledger.advance(job, step="clone")
+    job = ledger.advance(job, step="seal")
+    assert ledger.read().jobs == [job]
+    ledger.forget(job)
+    assert ledger.read().jobs == []
+
+
+def test_record_tells_what_is_not_as_usual() -> None:
+    """So that a later release, which knows more, writes the same for what it knows nothing more of."""
+    assert not {"orphaned", "failures", "text", "percent", "not_before"} & json.loads(JOB.encode()).keys()
