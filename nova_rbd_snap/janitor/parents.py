@@ -58,6 +58,7 @@ class _Clearing:
 
     def __init__(self, cluster: Cluster, pool: str, there: Container[str], images: Images, now: float) -> None:
         self._cluster, self._pool, self._there, self._images, self._now = cluster, pool, there, images, now
+        self._ledger = Ledger(cluster, pool)
         #: What is in the trash of a pool: read once, for it may be much.
         self._trashed: Callable[[str], list[TrashInfo]] = functools.cache(cluster.trashed)
 
@@ -97,13 +98,9 @@ class _Clearing:
             if (snap.trashed or _OUR_SNAP.fullmatch(snap.name))
             and snap.name.removeprefix(SNAP_PREFIX) not in self._there
         ]
-        if not found:
-            return
-        # Read after they were seen, so that none of a job that begins meanwhile is taken for nobody's.
-        ledger = Ledger(self._cluster, self._pool).read()
-        recorded = {job.id for job in ledger.jobs} | ledger.strange.keys()
         for snap in found:
-            if snap.name.removeprefix(SNAP_PREFIX) not in recorded:
+            # Asked after it was seen, so that none of a job that begins meanwhile is taken for nobody's.
+            if not self._ledger.has(snap.name.removeprefix(SNAP_PREFIX)):
                 yield from self._snapshot(disk, snap)
 
     def _snapshot(self, disk: ImageSpec, snap: SnapInfo) -> Iterator[str]:

@@ -87,6 +87,10 @@ class Ledger:
         except ValueError as error:
             raise errors.NoRecord(f"record {job_id} is never touched: {error}") from error
 
+    def has(self, job_id: str) -> bool:
+        """Whether there is such a record, readable or not."""
+        return self._cluster.omap_item(self._pool, OBJECT, job_id) is not None
+
     def read(self) -> Contents:
         """All that is in the ledger."""
         jobs, strange = [], {}

@@ -92,6 +92,9 @@ class World(Protocol):
     def reader(self, snap: SnapSpec) -> contextlib.AbstractContextManager[Callable[[int], bytes]]:
         """Let somebody have a snapshot open for reading, who gives the start of an object."""
 
+    def is_trimming(self) -> bool:
+        """Whether the OSDs are about to remove what a snapshot held that is gone."""
+
     def blocklist(self) -> set[str]:
         """The addresses that are cut off."""
 
@@ -173,6 +176,9 @@ class FakeWorld:
     def reader(self, snap: SnapSpec) -> Iterator[Callable[[int], bytes]]:
         opened = self._cluster.open_reader(snap)
         yield lambda number: opened.read(number).rstrip(b"\0")
+
+    def is_trimming(self) -> bool:
+        return False
 
     def blocklist(self) -> set[str]:
         return self._cluster.fenced
@@ -377,6 +383,9 @@ class RealWorld:
                 yield lambda number: opened.read(number * OBJECT_BYTES, 64).rstrip(b"\0")
         finally:
             client.shutdown()
+
+    def is_trimming(self) -> bool:
+        return "snaptrim" in self.mon("pg stat")
 
     def blocklist(self) -> set[str]:
         return {line.split()[0] for line in self.mon("osd blocklist ls").splitlines()}

@@ -966,6 +966,29 @@ def test_reader_while_the_server_is_deleted(world: World, cluster: Cluster, disk
         assert {number: read(number) for number in range(4)} == {**WRITTEN, **ZEROS}
 
 
+def test_reader_while_another_image_keeps_the_disk(world: World, cluster: Cluster, shared: SnapSpec) -> None:
+    """Of a server that was deleted: where nobody writes any more it makes no difference that the snapshot goes."""
+    parent = cluster.lookup(shared.image).parent
+    assert parent is not None
+    disk = parent.image
+    world.write(disk, 3, b"second")
+    other = ImageSpec(shared.image.pool, f"{shared.image.name}-other")
+    cluster.create_snap(disk.snap("other"))
+    cluster.clone(disk.snap("other"), other, None, object_map=False)
+    world.write(disk, 3, b"last")
+    with world.reader(shared) as read:
+        for name in ("frozen", "other"):
+            cluster.remove_snap(disk.snap(name))
+        cluster.remove(disk)
+        cluster.flatten(shared.image, go_on)
+        (waiting,) = [each for each in cluster.trashed(disk.pool) if each.name == disk.name]
+        assert cluster.children_of_trashed(disk.pool, waiting.id) == [other]
+        assert {number: read(number) for number in range(4)} == {**WRITTEN, **ZEROS}
+        eventually(lambda: not world.is_trimming(), "the snapshot's objects are trimmed")
+        assert {number: read(number) for number in range(4)} == {**WRITTEN, **ZEROS}
+    assert world.content(other) == {**WRITTEN, 3: b"second"}
+
+
 def test_why_the_snapshot_stays(world: World, cluster: Cluster, disk: ImageSpec, shared: SnapSpec) -> None:
     """Without it who has the clone open reads what the server has written since, where there were zeros. Should this
     fail librbd has learnt better, and ``docs/design/ceph.rst`` is to be changed."""

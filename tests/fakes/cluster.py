@@ -72,6 +72,8 @@ class _Image:
     half: Optional[str] = None
     # How many attempts to remove it find it open somewhere.
     busy: float = 0
+    # Objects that were as in a snapshot, by its id, when that was removed.
+    as_in: dict[int, set[int]] = field(default_factory=dict)
     # It was removed for good.
     is_gone: bool = False
     # In the trash until nothing depends on it.
@@ -177,8 +179,12 @@ class Reader:
         """The start of object *number*."""
         is_looked_for = self._map is None or number in self._map
         image = self._snap.image
-        # A snapshot that is gone is not told from the head, which was written to since.
-        objects = {} if image.is_gone else self._snap.objects if self._snap in image.snaps else image.objects
+        objects = self._snap.objects
+        if image.is_gone:
+            objects = {}
+        elif self._snap not in image.snaps:
+            # What was not written to until it was gone is not told from the head.
+            objects = {key: data for key, data in image.objects.items() if key in image.as_in.get(self._snap.id, ())}
         if is_looked_for and number in objects:
             return objects[number]
         return self._parent.read(number) if self._parent is not None else b""
@@ -370,6 +376,12 @@ class FakeCluster:
         images = (image for pool in pools for image in (*pool.images.values(), *pool.trash))
         return [image for image in images if image.half != UNLISTED and snap in image.parents()]
 
+    @staticmethod
+    def _drop(snap: _Snap) -> None:
+        image = snap.image
+        image.snaps.remove(snap)
+        image.as_in[snap.id] = {key for key, data in snap.objects.items() if image.objects.get(key) == data}
+
     def _is_waiting(self, snap: _Snap) -> bool:
         """Whether it is there only for its clones."""
         return snap.trashed and bool(self._children(snap))
@@ -383,7 +395,7 @@ class FakeCluster:
             image, pool = snap.image, self._state.pools[snap.image.spec.pool]
             if snap.image.spec.pool in self.read_only or not snap.trashed or self._children(snap):
                 continue
-            image.snaps.remove(snap)
+            self._drop(snap)
             if image.is_parent_in_trash and not image.snaps:
                 pool.trash.remove(image)
                 image.is_gone = True
@@ -511,7 +523,7 @@ class FakeCluster:
         if self._children(found):
             found.trashed = True
         else:
-            found.image.snaps.remove(found)
+            self._drop(found)
 
     @_call
     def remove_snap_by_id(self, image: ImageSpec, snap_id: int) -> None:
@@ -523,7 +535,7 @@ class FakeCluster:
                 if self._children(snap):
                     snap.trashed = True
                 else:
-                    snaps.remove(snap)
+                    self._drop(snap)
                 return
         raise errors.Missing(f"no snapshot {snap_id} of {image}")
 
@@ -695,7 +707,7 @@ class FakeCluster:
             if snap.name == name and not snap.trashed:
                 if self._children(snap):
                     raise errors.Busy(f"snapshot {name} of {image_id} has clones")
-                image.snaps.remove(snap)
+                self._drop(snap)
                 return
         raise errors.Missing(f"no snapshot {name} of {image_id}")
 
