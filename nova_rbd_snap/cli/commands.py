@@ -9,7 +9,7 @@ import functools
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Callable
 
 from nova_rbd_snap import conf, errors
 from nova_rbd_snap.cli import caps, images
@@ -66,30 +66,24 @@ class Sweep(Command):
         nova_conf, settings = self.configuration()
         wiring.need_bindings()
 
-        @functools.cache
-        def glance() -> Any:
-            try:
-                return wiring.glance(nova_conf, settings)
-            except errors.GlanceError:
-                raise
-            except Exception as error:  # an option of keystone's that cannot be read, a plugin that is not there …
-                raise errors.GlanceSilent(f"cannot ask Glance: {type(error).__name__}: {error}") from error
+        def asked(connect: Callable[[Any, Any], Any], silent: type[errors.SnapError]) -> Callable[[], Any]:
+            @functools.cache
+            def ask() -> Any:
+                try:
+                    return connect(nova_conf, settings)
+                except errors.SnapError:
+                    raise
+                except Exception as error:  # an option of keystone's that cannot be read, a plugin that is not there …
+                    raise silent(f"cannot be asked: {type(error).__name__}: {error}") from error
 
-        @functools.cache
-        def nova() -> Any:
-            try:
-                return wiring.nova(nova_conf, settings)
-            except errors.SnapError:
-                raise
-            except Exception as error:  # as above
-                raise errors.NovaSilent(f"cannot ask Nova: {type(error).__name__}: {error}") from error
+            return ask
 
         return Scene(
             cluster=wiring.connect(settings),
             pool=settings.pool,
             glance_pools=glance_pools(settings, parsed_args),
-            glance=glance,
-            nova=nova,
+            glance=asked(wiring.glance, errors.GlanceSilent),
+            nova=asked(wiring.nova, errors.NovaSilent),
             machine=LocalMachine(settings.snapshots_directory),
             now=time.time(),
             older_than_seconds=parsed_args.older_than * 3600,
