@@ -238,3 +238,27 @@ def test_flavor_and_image_choose(cloud: Cloud, readers: None) -> None:
     assert not is_flat(cloud, image)
     cloud.delete_image(image.id)
     cloud.command("trash", "purge")
+
+
+@pytest.mark.slow
+def test_disk_that_stock_nova_left(cloud: Cloud, readers: None) -> None:
+    """A host without this project deletes the server, and cannot remove its disk: a sweep lets it go with its image,
+    which stays whole; not that of a server that there is."""
+    cloud.configure(FLATTEN["never"])
+    server, other = cloud.boot(), cloud.boot()
+    digest, image = cloud.disk_digest(server), cloud.snapshot(server)
+    kept = cloud.snapshot(other)
+    cloud.configure({"DEFAULT": {"compute_driver": "libvirt.LibvirtDriver"}})
+    cloud.delete_server(server)
+    disk = f"{cloud.vms}/{server.id}_disk"
+    plan = {row["What"]: row for row in cloud.command("sweep", "--dry-run", "--glance-pool", cloud.images)}
+    assert plan[disk]["Action"] == "trash"
+    assert f"{cloud.vms}/{other.id}_disk" not in plan
+    done = {row["What"]: row for row in cloud.command("sweep", "--glance-pool", cloud.images)}
+    assert done[disk]["Action"] == "trashed"
+    assert waits(cloud, server)
+    assert cloud.image_digest(image.id) == digest
+    cloud.delete_image(image.id)
+    cloud.configure(FLATTEN["never"])
+    cloud.delete_image(kept.id)
+    eventually(lambda: not waits(cloud, server), "the disk is not kept any more")
