@@ -81,7 +81,7 @@ def test_background(cloud: Cloud, log: Log, readers: None) -> None:
     ((row),) = cloud.command("image", "list", "--glance-pool", cloud.images)
     assert (row["ID"], row["State"]) == (image.id, "queued")
 
-    cloud.configure(FLATTEN["background"])
+    cloud.configure(FLATTEN["background"], {"rbd_snap": {"reclaim_interval": "5"}})
     eventually(lambda: is_flat(cloud, image), "the image is flattened")
     assert cloud.image_digest(image.id) == digest
     assert cloud.disk_digest(booted) == digest
