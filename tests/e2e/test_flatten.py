@@ -138,6 +138,9 @@ def test_glance_that_may_not_read_the_disks(cloud: Cloud, log: Log) -> None:
     cloud.forget_jobs()
 
 
+# Once in the usual run, on the cloud that has more time for it.
+@pytest.mark.core
+@pytest.mark.slow
 def test_what_glance_can_read_is_found_out(cloud: Cloud, log: Log) -> None:
     """When nova-compute starts: that it cannot read a scratch image is told, and all is flat then; once its user has
     what 'caps' prints it can, and nothing is left of that."""
