@@ -40,6 +40,7 @@ def copied(cloud: Cloud, server: Any, *reasons: str, interrupted: bool = False) 
         assert interrupted or cloud.guests.interruptions(server.id) == interruptions
 
 
+@pytest.mark.slow
 def test_no_such_pool(cloud: Cloud, server: Any) -> None:
     """glance_pool names a pool that is not there: the disk is copied, and the option is named."""
     cloud.configure(NO_POOL)
@@ -92,6 +93,7 @@ def test_way_clone_alone(cloud: Cloud, server: Any, log: Log) -> None:
     assert "nowhere" in log.has("ERROR nova_rbd_snap.*Snapshot to image .* failed")
 
 
+@pytest.mark.slow
 def test_other_image_format(cloud: Cloud, server: Any) -> None:
     """snapshot_image_format = qcow2 is what Nova's copy is for: said at the start, and done."""
     start = cloud.configure({"libvirt": {"snapshot_image_format": "qcow2"}})
@@ -106,6 +108,7 @@ def test_other_image_format(cloud: Cloud, server: Any) -> None:
     assert cloud.disk_digest(again) == digest
 
 
+@pytest.mark.slow
 def test_journaling(cloud: Cloud) -> None:
     """A disk with the journaling feature is not cloned."""
     cloud.configure()
