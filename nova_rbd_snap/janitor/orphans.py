@@ -14,11 +14,11 @@ from typing import Optional
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.janitor.findings import KEEP, TRASH, Finding, Scene
+from nova_rbd_snap.janitor.strays import DISK, has_record
 from nova_rbd_snap.ledger.job import FLATTEN, SNAP_PREFIX
 from nova_rbd_snap.ledger.store import Contents
 from nova_rbd_snap.specs import UUID, ImageSpec
 
-_DISK = re.compile(rf"({UUID})_disk(?:\.[0-9a-z_]+)?")
 _OUR_SNAP = re.compile(rf"{SNAP_PREFIX}({UUID})")
 
 
@@ -43,7 +43,7 @@ class Disk:
         if scene.nova().knows(server):
             return None
         names = ", ".join(map(str, self.images))
-        if not any(_is_record(scene, image.name) for image in self.images):
+        if not any(has_record(scene.glance(), image.name) for image in self.images):
             why = f"Nova knows no server {server}, nor Glance any of its images, so it may be another cloud's: {names}"
             return Finding("disk", str(self.spec), KEEP, why, self)
         why = f"Nova knows no server {server}; it goes for good with the last of its images: {names}"
@@ -60,21 +60,13 @@ class Disk:
         scene.cluster.remove(self.spec)  # refused, if somebody has it open
 
 
-def _is_record(scene: Scene, image_id: str) -> bool:
-    try:
-        scene.glance().record(image_id)
-    except errors.RecordGone:
-        return False
-    return True
-
-
 def disks(scene: Scene, ledger: Contents) -> Iterator[Finding]:
     """Those of Nova's pool whose server is gone.
 
     :param ledger: read after the pool's rbd images were listed.
     """
     for name in scene.cluster.images(scene.pool):
-        if not _DISK.fullmatch(name):
+        if not DISK.fullmatch(name):
             continue
         try:
             found = _look(scene, ImageSpec(scene.pool, name), ledger)

@@ -28,7 +28,7 @@ from nova_rbd_snap.specs import GLANCE_SNAP, UUID, ImageSpec, SnapSpec
 _KEEP_SECONDS = 7 * 24 * 3600
 
 _IMAGE = re.compile(UUID)
-_DISK = re.compile(rf"{UUID}_disk(?:\.[0-9a-z_]+)?")
+DISK = re.compile(rf"{UUID}_disk(?:\.[0-9a-z_]+)?")
 _OUR_SNAP = re.compile(rf"{SNAP_PREFIX}({UUID}(?:-copy)?)")
 
 
@@ -103,7 +103,7 @@ def snapshots(scene: Scene) -> tuple[list[Snapshot], list[Finding]]:
     """Those of all disks in Nova's pool, and the disks that do not tell."""
     found, unreadable = [], []
     for name in scene.cluster.images(scene.pool):
-        if _DISK.fullmatch(name):
+        if DISK.fullmatch(name):
             disk = ImageSpec(scene.pool, name)
             try:
                 found += _snapshots_of(scene, disk)
@@ -143,7 +143,7 @@ class Image:
         now = _weigh(scene, self.spec)
         if now is None or now.target is None:
             return now
-        if self.spec.name in _known_to_the_ledger(scene.ledger()) or _has_record(scene.glance(), self.spec.name):
+        if self.spec.name in _known_to_the_ledger(scene.ledger()) or has_record(scene.glance(), self.spec.name):
             return Finding(now.kind, now.what, KEEP, "the ledger or Glance has a record of it")
         return now
 
@@ -174,7 +174,7 @@ def images(scene: Scene, names: Mapping[str, list[str]], ledger: Contents) -> It
         ours = _known_to_the_ledger(ledger)
         asked = [name for name in those if name not in ours]
         try:
-            unknown = [name for name in asked if not _has_record(scene.glance(), name)]
+            unknown = [name for name in asked if not has_record(scene.glance(), name)]
         except errors.GlanceError as error:
             why = f"which of its {len(asked)} images are in use is not known: {error}"
             yield Finding("image", pool, KEEP, why)
@@ -192,7 +192,7 @@ def _known_to_the_ledger(ledger: Contents) -> set[str]:
     return {job_id.removesuffix("-copy") for job_id in _recorded(ledger)}
 
 
-def _has_record(glance: Glance, image_id: str) -> bool:
+def has_record(glance: Glance, image_id: str) -> bool:
     """:raises errors.GlanceError: that cannot be known."""
     try:
         glance.record(image_id)
@@ -242,7 +242,7 @@ def _weigh(scene: Scene, image: ImageSpec) -> Optional[Finding]:
 def _is_of_a_disk(scene: Scene, image: ImageSpec, parent: SnapSpec) -> bool:
     """Whether the parent is a snapshot of a server's disk that is named as we, or stock Nova, name them."""
     disk = parent.image
-    if disk.pool != scene.pool or not _DISK.fullmatch(disk.name):
+    if disk.pool != scene.pool or not DISK.fullmatch(disk.name):
         return False
     if _is_stray(parent.name):
         return True
