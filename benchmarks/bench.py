@@ -25,7 +25,7 @@ import sys
 import time
 
 import bare
-from cloud import GIB, MIB, PROPOSAL_SECONDS, Cloud, NotAsAsked, Timing
+from cloud import GIB, MIB, Cloud, NotAsAsked, Timing
 
 RESULT = pathlib.Path(__file__).parents[1] / "build" / "bench.json"
 SIZES = {"64 MiB": 64 * MIB, "1 GiB": GIB, "3 GiB": 3 * GIB}
@@ -91,8 +91,7 @@ class Bench:
     def sample(self, case, size):
         self.cloud.check_room()
         server_id = self.servers[size]
-        self.cloud.await_proposal()
-        time.sleep((len(self.timings[case, size]) % self.samples) / self.samples * PROPOSAL_SECONDS)
+        self.cloud.await_moment(len(self.timings[case, size]) % self.samples / self.samples)
         if case == "bare":
             timing = measure_bare(self.cloud, self.glance, server_id)
         else:

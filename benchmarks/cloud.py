@@ -93,13 +93,18 @@ class Cloud:
 
     # -- nova-compute --------------------------------------------------------------------------------------------
 
-    def restart_nova_compute(self, *, enabled, **options):
+    def restart_nova_compute(self, *, enabled, at_once=5, **options):
         """Restart it with our driver, and our way of snapshots on or off.
 
+        :param at_once: how many snapshots; Nova's own default.
         :param options: of ``[rbd_snap]``.
         """
-        ours = "".join(f"{name} = {value}\n" for name, value in {"enabled": enabled, **options}.items())
-        _NOVA_CONF.write_text(f"[DEFAULT]\ncompute_driver = rbd_snap.LibvirtDriver\n[rbd_snap]\n{ours}")
+        nova = {"compute_driver": "rbd_snap.LibvirtDriver", "max_concurrent_snapshots": at_once}
+        sections = {"DEFAULT": nova, "rbd_snap": {"enabled": enabled, **options}}
+        parsed = configparser.ConfigParser()
+        parsed.read_dict(sections)
+        with _NOVA_CONF.open("w") as file:
+            parsed.write(file)
         subprocess.run(["supervisorctl", "restart", "nova-compute"], check=True, stdout=subprocess.DEVNULL)
         reports = "select report_count from nova.services where topic = %s"
         before = self._value(reports, "compute")
@@ -155,8 +160,10 @@ class Cloud:
         return self.user.compute.wait_for_server(server, wait=300, interval=1).id
 
     def delete_server(self, server_id):
+        """:returns: how many seconds it took."""
+        began = time.time()
         self.user.compute.delete_server(server_id, ignore_missing=True)
-        wait_for(lambda: self.user.compute.find_server(server_id) is None, "the server is deleted", pause=0.5)
+        return self._moment("select vm_state from nova.instances where uuid = %s", server_id, "deleted") - began
 
     @staticmethod
     def disk(server_id):
@@ -238,6 +245,19 @@ class Cloud:
         self.settled(image_id)
         self.user.image.delete_image(image_id, ignore_missing=False)
 
+    def is_flat(self, image_id):
+        with rbd.Image(self.images, image_id, read_only=True) as image:
+            try:
+                image.parent_info()
+            except rbd.ImageNotFound:
+                return True
+            return False
+
+    def is_locked(self, image_id):
+        """Whether a client works on the image's data."""
+        with rbd.Image(self.images, image_id, read_only=True) as image:
+            return bool(list(image.lock_get_owners()))
+
     # -- Ceph ----------------------------------------------------------------------------------------------------
 
     def picture(self):
@@ -263,8 +283,12 @@ class Cloud:
                 return [job for job, _ in pairs]
         return []
 
-    def await_proposal(self):
-        """Return just after a proposal of the monitors."""
+    def await_moment(self, share, interval=PROPOSAL_SECONDS):
+        """Return when that share of the monitors' *interval* has gone by since one of their proposals."""
+        self._await_proposal()
+        time.sleep(share * interval)
+
+    def _await_proposal(self):
         name = "bench-proposal"
         rbd.RBD().create(self.vms, name, MIB)
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
 from typing import Callable, Optional, Protocol
 
 from nova_rbd_snap import errors
@@ -75,20 +74,19 @@ def register(
     glance: Glance,
     image_id: str,
     url: str,
-    properties: Mapping[str, Optional[str]],
+    prepare: Callable[[], None],
     *,
     timeout_seconds: float,
     report: Report,
 ) -> None:
     """Give the clone to the image's record; returns once the image is active.
 
+    :param prepare: as :func:`registration.register` takes it.
     :raises errors.InDoubt: the record may point at the clone, which is kept, and so is its job.
     :raises errors.SnapError: nothing is left of the clone but what ``undo_failures`` says.
     """
     report("register", 0, 0)
-    send = functools.partial(
-        registration.register, glance, image_id, url, properties, timeout_seconds=timeout_seconds
-    )
+    send = functools.partial(registration.register, glance, image_id, url, prepare, timeout_seconds=timeout_seconds)
     try:
         try:
             send()

@@ -24,7 +24,9 @@ from oslo_log import log as logging
 
 from nova_rbd_snap import conf, errors
 from nova_rbd_snap.ledger.job import BACKGROUND, NEVER, copy_id
-from nova_rbd_snap.openstack import clone, imagebackend, images, policy, process
+from nova_rbd_snap.openstack import clone, imagebackend, images, policy, process, registration
+from nova_rbd_snap.openstack.beside import Beside
+from nova_rbd_snap.openstack.glance import Glance
 from nova_rbd_snap.openstack.guest import Guest, thaw_all
 from nova_rbd_snap.openstack.ondisks import OnDisks
 
@@ -330,8 +332,7 @@ class _Request:
     on_disks: OnDisks
     is_shelving: bool
     steps: list[tuple[str, float]] = field(default_factory=list)
-    _announcing: Optional[threading.Thread] = None
-    _announce_error: Optional[Exception] = None
+    _announcing: Optional[Beside] = None
 
     @contextlib.contextmanager
     def announcing(self) -> Iterator[None]:
@@ -339,28 +340,18 @@ class _Request:
 
         None is made after it, when Nova's manager has the say again.
         """
-        self._announcing = threading.Thread(target=self._announce, name="nova-rbd-snap-states", daemon=True)
-        self._announcing.start()
-        try:
+        self._announcing = Beside("nova-rbd-snap-states", self._announce)
+        with self._announcing:
             yield
-        finally:
-            self._announcing.join()
 
     def _announce(self) -> None:
-        try:
-            self.update_task_state(task_state=task_states.IMAGE_PENDING_UPLOAD)
-            self.update_task_state(
-                task_state=task_states.IMAGE_UPLOADING, expected_state=task_states.IMAGE_PENDING_UPLOAD
-            )
-        except Exception as error:  # raised again where it can be acted upon
-            self._announce_error = error
+        self.update_task_state(task_state=task_states.IMAGE_PENDING_UPLOAD)
+        self.update_task_state(task_state=task_states.IMAGE_UPLOADING, expected_state=task_states.IMAGE_PENDING_UPLOAD)
 
     def await_announced(self) -> None:
         """Return when the transitions are made. :raises Exception: Nova's, as a rule because the server is going."""
         if self._announcing is not None:
-            self._announcing.join()
-        if self._announce_error is not None:
-            raise self._announce_error
+            self._announcing.wait()
 
     def clone(self) -> None:
         """The way 'clone': returns when the image is active."""
@@ -369,7 +360,21 @@ class _Request:
         if _has_encrypted_disk(self.guest.get_xml_desc()):
             raise errors.Refused("the server's disk is encrypted")
         started = time.monotonic()
+        timeout = {"timeout_seconds": CONF.rbd_snap.operation_timeout}
         glance = images.glance_for(self.context)
+        prepare = registration.preparation(glance, self.image_id, images.properties(self.metadata), **timeout)
+        with Beside("nova-rbd-snap-properties", prepare) as prepared:
+            url = self._make(glance)
+            clone.register(
+                process.engine(), glance, self.image_id, url, prepared.wait, report=self._note, **timeout
+            )
+        LOG.info(
+            "Snapshot to image %s: cloned in %.1f s (%s) as %s",
+            self.image_id, time.monotonic() - started, self._durations(), url, instance=self.instance,
+        )
+
+    def _make(self, glance: Glance) -> str:
+        """Make the clone; returns its location."""
         with self.on_disks.work(self.instance.uuid), self._giving_way():
             url = self.disk.clone_to_glance(
                 glance, self.image_id, self.instance.image_ref, self._perform, self._policy()
@@ -379,19 +384,7 @@ class _Request:
         except Exception:
             clone.give_up(process.engine(), self.image_id, "the server takes no image now")
             raise
-        clone.register(
-            process.engine(),
-            glance,
-            self.image_id,
-            url,
-            images.properties(self.metadata),
-            timeout_seconds=CONF.rbd_snap.operation_timeout,
-            report=self._note,
-        )
-        LOG.info(
-            "Snapshot to image %s: cloned in %.1f s (%s) as %s",
-            self.image_id, time.monotonic() - started, self._durations(), url, instance=self.instance,
-        )
+        return url
 
     def _policy(self) -> Optional[str]:
         """What is to be instead of the configured policy.

@@ -23,6 +23,9 @@ LOG = logging.getLogger(__name__)
 #: Statuses of POST locations that mean "not this way": no service token (403), or a Glance without it.
 _NOT_OFFERED = (403, 405, 501)
 
+#: The formats of bytes as they are on the disk, as properties of a record.
+RAW: Mapping[str, Optional[str]] = {"disk_format": "raw", "container_format": "bare"}
+
 #: Seconds a record must be seen to be gone, or to have other data, before ours is given up.
 _GONE_SECONDS = 1.0
 #: Seconds a record must be seen to wait although Glance took, or may have taken, the location; no longer than it may
@@ -63,18 +66,33 @@ def judge(record: Record, url: str) -> Optional[State]:
     return waits.get(record.status, State.FOREIGN)
 
 
+def preparation(
+    glance: Glance,
+    image_id: str,
+    properties: Mapping[str, Optional[str]],
+    *,
+    timeout_seconds: float,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Callable[[], None]:
+    """What gives the record its *properties*, among them the formats, without which no location is taken."""
+    return functools.partial(
+        repeat, glance.set_properties, image_id, properties, timeout_seconds=timeout_seconds, sleep=sleep
+    )
+
+
 def register(
     glance: Glance,
     image_id: str,
     url: str,
-    properties: Mapping[str, Optional[str]],
+    prepare: Callable[[], None],
     *,
     timeout_seconds: float,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Set *properties*, then the location *url*, and return when the image is active.
+    """Set the location *url*, and return when the image is active.
 
+    :param prepare: a :func:`preparation`, or what waits for one that was begun earlier.
     :param timeout_seconds: how long the record may stay as it is, or Glance without an answer.
     :raises errors.NotRegistered: Glance refused; the record still waits for data.
     :raises errors.InDoubt: it cannot be known whether the record points at *url*; keep the data.
@@ -84,7 +102,7 @@ def register(
         observe, glance, image_id, url, timeout_seconds=timeout_seconds, clock=clock, sleep=sleep
     )
     try:
-        repeat(glance.set_properties, image_id, properties, timeout_seconds=timeout_seconds, sleep=sleep)
+        prepare()
     except (errors.RecordGone, errors.NotRegistered) as error:
         raise _failure(watch(waiting_seconds=0), error, image_id) or error from None
     refusal = _send(glance, image_id, url)

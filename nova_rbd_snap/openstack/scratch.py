@@ -28,9 +28,10 @@ class ScratchImages:
     def read(self, image_id: str, url: str) -> bytes:
         glance = self._connect()
         glance.create(image_id, _NAME)
-        properties = {"container_format": "bare", "disk_format": "raw"}
+        timeout = self._timeout_seconds
+        prepare = registration.preparation(glance, image_id, registration.RAW, timeout_seconds=timeout)
         try:
-            registration.register(glance, image_id, url, properties, timeout_seconds=self._timeout_seconds)
+            registration.register(glance, image_id, url, prepare, timeout_seconds=timeout)
             return glance.data(image_id)
         except errors.NotRegistered as error:
             if error.status in _OF_THE_USER:

@@ -19,7 +19,7 @@ from keystoneauth1 import loading, service_token, token_endpoint
 
 from nova_rbd_snap import conf, errors
 from nova_rbd_snap.engine.client import EngineClient
-from nova_rbd_snap.openstack import clone, keystone
+from nova_rbd_snap.openstack import clone, keystone, registration
 from nova_rbd_snap.openstack.glance import Glance
 
 #: As nova-compute's, see nova_rbd_snap/openstack/process.py.
@@ -58,8 +58,8 @@ def snapshot(engine: EngineClient, glance: Glance, request: dict[str, Any], time
         engine.perform(job_id, None, report)
 
     url = clone.make(engine, image_id, request["disk"], request["dest_pool"], perform)
-    formats = {"disk_format": "raw", "container_format": "bare"}
-    clone.register(engine, glance, image_id, url, formats, timeout_seconds=timeout_seconds, report=report)
+    prepare = registration.preparation(glance, image_id, registration.RAW, timeout_seconds=timeout_seconds)
+    clone.register(engine, glance, image_id, url, prepare, timeout_seconds=timeout_seconds, report=report)
 
 
 def main() -> None:

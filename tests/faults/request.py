@@ -17,7 +17,7 @@ from nova_rbd_snap.engine import Report, server, unheard
 from nova_rbd_snap.engine.client import EngineClient
 from nova_rbd_snap.engine.service import Engine
 from nova_rbd_snap.ledger.job import copy_id
-from nova_rbd_snap.openstack import clone
+from nova_rbd_snap.openstack import clone, registration
 from nova_rbd_snap.openstack.glance import Glance
 from tests.faults.sabotage import Connection, Killed, Saboteur
 
@@ -190,15 +190,9 @@ class Request:
     def _clone(self) -> None:
         self._compute.describe(self._disk)
         url = clone.make(self._compute, self._image_id, self._disk, self._dest_pool, self._perform)
-        clone.register(
-            self._compute,
-            self._glance,
-            self._image_id,
-            url,
-            {"disk_format": "raw", "container_format": "bare"},
-            timeout_seconds=self._timeout_seconds,
-            report=unheard,
-        )
+        timeout = {"timeout_seconds": self._timeout_seconds}
+        prepare = registration.preparation(self._glance, self._image_id, registration.RAW, **timeout)
+        clone.register(self._compute, self._glance, self._image_id, url, prepare, report=unheard, **timeout)
 
     def _full_copy(self) -> None:
         self.was_copied = True

@@ -161,8 +161,8 @@ class World:
         return self.tenant_through(f"http://127.0.0.1:{PROXY_PORT}")
 
     def register(self, engine: Engine, as_user: Glance, image_id: str, url: str) -> None:
-        formats = {"disk_format": "raw", "container_format": "bare"}
-        clone.register(engine, as_user, image_id, url, formats, timeout_seconds=HURRIED_SECONDS, report=unheard)
+        prepare = registration.preparation(as_user, image_id, registration.RAW, timeout_seconds=HURRIED_SECONDS)
+        clone.register(engine, as_user, image_id, url, prepare, timeout_seconds=HURRIED_SECONDS, report=unheard)
 
     def delete_image(self, image_id: str) -> None:
         delete(self.service, image_id)

@@ -10,7 +10,7 @@ import pytest
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.openstack.glance import Glance, Record
-from nova_rbd_snap.openstack.registration import State, judge, register, settle
+from nova_rbd_snap.openstack.registration import State, judge, preparation, register, settle
 from tests.fakes.glance import Answer, FakeImageService, Fault
 
 IMAGE = "05261e6b-9813-4bda-8a5d-74f443e44679"
@@ -36,9 +36,11 @@ def glance(service: FakeImageService) -> Glance:
     return Glance(service, ["http://glance-a", "http://glance-b"])
 
 
-def try_to_register(service: FakeImageService) -> None:
+def try_to_register(service: FakeImageService, timeout_seconds: int = 60) -> None:
     """Register, in no time."""
-    register(glance(service), IMAGE, URL, PROPERTIES, **Time().options())
+    asked, time = glance(service), Time()
+    prepare = preparation(asked, IMAGE, PROPERTIES, timeout_seconds=timeout_seconds, sleep=time.sleep)
+    register(asked, IMAGE, URL, prepare, **{**time.options(), "timeout_seconds": timeout_seconds})
 
 
 def urls(service: FakeImageService) -> list[str]:
@@ -81,7 +83,7 @@ def test_refusal_is_believed_however_short_the_patience(service: FakeImageServic
     """A 5xx after which the record goes on waiting is a refusal, and no matter of doubt."""
     service.faults.append(Fault("post", 500))
     with pytest.raises(errors.NotRegistered):
-        register(glance(service), IMAGE, URL, PROPERTIES, **{**Time().options(), "timeout_seconds": timeout_seconds})
+        try_to_register(service, timeout_seconds)
 
 
 def test_not_found_by_somebody_else(service: FakeImageService) -> None:
