@@ -119,6 +119,7 @@ def test_journaling(cloud: Cloud) -> None:
         made.append(cloud.snapshot(server))
 
 
+@pytest.mark.slow
 def test_mirroring(cloud: Cloud) -> None:
     """Nor is a disk that is mirrored to another cluster."""
     cloud.configure()
@@ -132,6 +133,7 @@ def test_mirroring(cloud: Cloud) -> None:
         made.append(cloud.snapshot(server))
 
 
+@pytest.mark.slow
 def test_base_image_in_another_cluster(cloud: Cloud) -> None:
     """The base image's location names another cluster: its pool says nothing of ours, and the option is named."""
     cloud.configure()
