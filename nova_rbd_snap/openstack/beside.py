@@ -8,7 +8,10 @@ from typing import Any, Callable, Optional
 
 
 class Beside:
-    """Some work: begun at the start of a block, and over at its end. Under eventlet the thread is a green one."""
+    """Some work: begun at the start of a block, and over at its end. Under eventlet the thread is a green one.
+
+    Its error is raised by :meth:`wait` alone: who does not wait has one of their own.
+    """
 
     def __init__(self, name: str, work: Callable[[], object]) -> None:
         """
