@@ -26,9 +26,6 @@ from keystoneauth1 import exceptions as ksa_exceptions
 MIB = 1 << 20
 GIB = 1 << 30
 
-#: Ceph's paxos_propose_interval.
-PROPOSAL_SECONDS = 1.0
-
 LEDGER = "nova_rbd_snap.ledger"
 #: Guests begin with a boot sector that halts them; data is written behind it.
 DATA_OFFSET_BYTES = 16 * MIB
@@ -282,21 +279,6 @@ class Cloud:
                 self.vms.operate_read_op(read, LEDGER)
                 return [job for job, _ in pairs]
         return []
-
-    def await_moment(self, share, interval=PROPOSAL_SECONDS):
-        """Return when that share of the monitors' *interval* has gone by since one of their proposals."""
-        self._await_proposal()
-        time.sleep(share * interval)
-
-    def _await_proposal(self):
-        name = "bench-proposal"
-        rbd.RBD().create(self.vms, name, MIB)
-        try:
-            with rbd.Image(self.vms, name) as image:
-                image.create_snap("proposal")
-                image.remove_snap("proposal")
-        finally:
-            rbd.RBD().remove(self.vms, name)
 
     def wait_until_trimmed(self):
         """Wait until the OSDs have removed what deleted snapshots held, which would slow down what is measured next."""

@@ -17,6 +17,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
+import proposals
 import rados
 import rbd
 
@@ -25,8 +26,6 @@ from nova_rbd_snap.engine.client import EngineClient
 
 RESULT = pathlib.Path(__file__).parents[1] / "build" / "bench-many.json"
 MANY, ROUNDS, LIMIT = 16, 18, 1.5
-#: Ceph's paxos_propose_interval.
-PROPOSAL_SECONDS = 1.0
 DISK_BYTES, WRITTEN_BYTES = 64 << 20, 4 << 20
 
 
@@ -52,16 +51,9 @@ class Bench:
         self.engine.perform(image_id, None, unheard)
         return image_id
 
-    def await_proposal(self):
-        """Return just after a proposal of the monitors."""
-        with rbd.Image(self.vms, self.disks[0]) as disk:
-            disk.create_snap("proposal")
-            disk.remove_snap("proposal")
-
-    def seconds(self, disks, after_proposal):
-        """How long it takes until all are sealed, begun some seconds after a proposal."""
-        self.await_proposal()
-        time.sleep(after_proposal)
+    def seconds(self, disks, share):
+        """How long it takes until all are sealed, begun that share of the monitors' interval after a proposal."""
+        proposals.await_moment(self.vms, share)
         with ThreadPoolExecutor(len(disks)) as pool:
             began = time.monotonic()
             made = list(pool.map(self.snapshot, disks))
@@ -80,8 +72,8 @@ def main():
     bench = Bench(cluster)
     try:
         bench.seconds(bench.disks, 0)  # connections, caches
-        delays = [number * 2 / ROUNDS % 1 * PROPOSAL_SECONDS for number in range(ROUNDS)]
-        pairs = [(bench.seconds(bench.disks[:1], delay), bench.seconds(bench.disks, delay)) for delay in delays]
+        shares = [number * 2 / ROUNDS % 1 for number in range(ROUNDS)]
+        pairs = [(bench.seconds(bench.disks[:1], share), bench.seconds(bench.disks, share)) for share in shares]
     finally:
         bench.close()
     one, many = (statistics.median(times) for times in zip(*pairs))

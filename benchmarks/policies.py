@@ -23,6 +23,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import proposals
 import rbd
 from bench import environment, measure_bare
 from cloud import GIB, MIB, Cloud, NotAsAsked, wait_for
@@ -78,7 +79,7 @@ class Bench:
     def seconds(self, case, server, number, interval=1.0):
         """One snapshot that is as *case* says, the *number*-th of its kind; its image is gone afterwards."""
         self.cloud.check_room()
-        self.cloud.await_moment(number % self.samples / self.samples, interval)
+        proposals.await_moment(self.cloud.vms, number % self.samples / self.samples, interval)
         if case.startswith("bare"):
             timing = measure_bare(self.cloud, self.glance, server, flatten=case == "bare")
         else:
@@ -149,7 +150,7 @@ class Bench:
             clouds = list(pool.map(lambda _: Cloud(), servers))
             for number in range(self.samples):
                 for count, times in found.items():
-                    self.cloud.await_moment(number / self.samples)
+                    proposals.await_moment(self.cloud.vms, number / self.samples)
                     made = list(pool.map(snapshot, clouds[:count], servers))
                     times.append(max(timing.active for timing in made))
                     self.clear(*(timing.image_id for timing in made))
@@ -166,7 +167,7 @@ class Bench:
         for number in range(self.samples):
             alone.append(self.seconds("background", small, number))
             image_id = begin()
-            self.cloud.await_moment(number / self.samples)
+            proposals.await_moment(self.cloud.vms, number / self.samples)
             timing, _ = self.cloud.snapshot(small, "beside")
             if not goes_on(image_id):
                 raise NotAsAsked("it was over before the snapshot was")

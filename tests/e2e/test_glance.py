@@ -39,6 +39,7 @@ def test_killed(cloud: Cloud, server: Any, held_at: Any, log: Log) -> None:
     assert not log.lines("copied in full")
 
 
+@pytest.mark.slow
 def test_frozen(cloud: Cloud, server: Any, held_at: Any, log: Log) -> None:
     """The same while it does not answer, and the data is kept as long; then Glance takes the location after all, or
     Nova's word that the image is not wanted any more."""

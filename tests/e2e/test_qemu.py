@@ -62,7 +62,8 @@ def test_frozen_qemu_keeps_its_disk(cloud: Cloud, frozen: Any, log: Log) -> None
     assert watchers(cloud, frozen) == watching
 
 
-@pytest.mark.parametrize("how", ["crash", pytest.param("power cut", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["crash", "power cut"])
 def test_guest_ends_amid_its_snapshot(cloud: Cloud, held_at: Any, log: Log, how: str) -> None:
     """While its clone is flattened: the image is whole all the same, and the disk as before once nobody holds it."""
     server = cloud.boot()

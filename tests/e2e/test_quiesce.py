@@ -155,6 +155,7 @@ def test_nova_compute_dies_while_it_holds_the_guest_still(cloud: Cloud, boot: Bo
     cloud.unchanged(before)
 
 
+@pytest.mark.slow
 def test_guest_that_freezes_amid_its_snapshot(cloud: Cloud, boot: Boot, held_at: Any) -> None:
     """The snapshot of its disk is not removed, neither then nor once Ceph takes it for dead: that would cost it this.
     The image is good, and what is left goes by itself when the guest wakes."""

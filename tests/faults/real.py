@@ -14,6 +14,7 @@ from nova_rbd_snap.ceph.librbd import LibrbdCluster
 from nova_rbd_snap.engine import unheard
 from nova_rbd_snap.engine.service import Engine
 from nova_rbd_snap.ledger.job import SNAP_PREFIX, copy_id
+from nova_rbd_snap.openstack import registration
 from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, Location
 from tests import daemons
 from tests.fakes.glance_proxy import Request as HttpRequest
@@ -34,7 +35,6 @@ _UNDISTURBED_SECONDS = 5
 #: What the names of RADOS objects that belong to one rbd image begin with.
 _PER_IMAGE = ("rbd_id", "rbd_header", "rbd_data", "rbd_object_map")
 _DAEMONS = {"osds": daemons.OSDS, "monitor": (daemons.MONITOR,), "manager": (daemons.MANAGER,)}
-_FORMATS = {"disk_format": "raw", "container_format": "bare"}
 
 
 def _every(request: HttpRequest) -> bool:
@@ -102,7 +102,7 @@ class RealWorld(world.World):
         """Nova's own would suspend the guest where there is no snapshot to read."""
         self.suspensions += snap is None
         tenant, headers = self._servers.tenant, {"Content-Type": "application/octet-stream"}
-        tenant.set_properties(self.image_id, _FORMATS)
+        tenant.set_properties(self.image_id, registration.RAW)
         data = self._servers.content(self._servers.vms, self.disk, snap)
         tenant._call("PUT", f"/v2/images/{self.image_id}/file", data=data, headers=headers)
 
@@ -373,7 +373,7 @@ class RealWorld(world.World):
     def other_data(self) -> Mischief:
         def upload() -> None:
             tenant = self._servers.tenant
-            tenant.set_properties(self.image_id, _FORMATS)
+            tenant.set_properties(self.image_id, registration.RAW)
             headers = {"Content-Type": "application/octet-stream", "x-image-meta-store": "file"}
             tenant._call("PUT", f"/v2/images/{self.image_id}/file", data=b"other data", headers=headers)
 

@@ -11,7 +11,7 @@ import pytest
 from nova_rbd_snap import errors
 from nova_rbd_snap.engine import unheard
 from nova_rbd_snap.ledger.job import copy_id
-from nova_rbd_snap.openstack import clone
+from nova_rbd_snap.openstack import clone, registration
 from tests.functional.world import World
 
 
@@ -47,7 +47,7 @@ def test_record_has_other_data(world: World, disk: str, image_id: str) -> None:
     """Somebody uploaded into the record: theirs stays, ours goes."""
     before, engine = world.picture(), world.engine()
     url = world.clone(engine, disk, image_id)
-    world.tenant.set_properties(image_id, {"disk_format": "raw", "container_format": "bare"})
+    world.tenant.set_properties(image_id, registration.RAW)
     world.tenant._call(
         "PUT",
         f"/v2/images/{image_id}/file",

@@ -13,12 +13,11 @@ import rbd
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.openstack.glance import Glance
+from nova_rbd_snap.openstack.registration import RAW
 from nova_rbd_snap.specs import ImageSpec, Location
 from tests.fakes.glance import FakeImageService
 from tests.functional.world import MIB, World, delete
 from tests.waiting import eventually
-
-FORMATS = {"disk_format": "raw", "container_format": "bare"}
 
 
 class Service(Protocol):
@@ -52,7 +51,7 @@ class FakeService:
 
     def waiting(self) -> str:
         image_id = str(uuid.uuid4())
-        self._service.add(image_id, **FORMATS)
+        self._service.add(image_id, **RAW)
         return image_id
 
     def data(self) -> str:
@@ -83,7 +82,7 @@ class RealService:
     def waiting(self) -> str:
         image_id = self._world.new_record(f"{uuid.uuid4()}_disk")
         self._stack.callback(self._world.delete_image, image_id)
-        self.glance.set_properties(image_id, FORMATS)
+        self.glance.set_properties(image_id, RAW)
         return image_id
 
     def data(self) -> str:
@@ -147,7 +146,7 @@ def test_no_record(service: Service) -> None:
     nobody, url = str(uuid.uuid4()), service.data()
     for call, arguments in (
         (service.glance.record, ()),
-        (service.glance.set_properties, (FORMATS,)),
+        (service.glance.set_properties, (RAW,)),
         (service.glance.post_location, (url,)),
         (service.glance.patch_location, (url,)),
         (service.glance.delete, ()),

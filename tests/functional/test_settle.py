@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from nova_rbd_snap import errors
+from nova_rbd_snap.openstack import registration
 from tests.functional.test_clone import assert_whole
 from tests.functional.world import World
 
@@ -13,7 +14,7 @@ from tests.functional.world import World
 def test_image_that_is_active_is_kept(world: World, disk: str, image_id: str) -> None:
     before, engine = world.picture(), world.engine()
     url = world.clone(engine, disk, image_id)
-    world.tenant.set_properties(image_id, {"disk_format": "raw", "container_format": "bare"})
+    world.tenant.set_properties(image_id, registration.RAW)
     world.untrusted.patch_location(image_id, url)
     assert world.jobs() == {*before["jobs"], image_id}
     engine.settle()
