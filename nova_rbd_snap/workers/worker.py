@@ -162,7 +162,7 @@ class Worker:
 
     def _do(self, task: Task, current: Current, held: lease.Lease, stopped: Callable[[], bool]) -> None:
         try:
-            task.do(current, lambda: stopped() or held.lost.is_set())
+            task.do(current, lambda: stopped() or held.is_lost())
             end: Callable[[], object] = functools.partial(self._ledger.forget, current.job)
         except errors.Blocklisted:
             raise  # whoever took over goes on

@@ -17,6 +17,7 @@ from nova_rbd_snap.flatten.task import Flattening
 from nova_rbd_snap.ledger.job import AT_WORK, BACKGROUND, CLONE, FLATTEN, INLINE, NEVER, PROBE, QUEUED, Job, Owner
 from nova_rbd_snap.ledger.store import OBJECT, Ledger
 from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, Location
+from nova_rbd_snap.workers import lease
 from nova_rbd_snap.workers.worker import Worker, keep_working
 from tests.fakes.cluster import FakeCluster, Reader
 from tests.fakes.engine import (
@@ -423,6 +424,23 @@ def test_lease_is_kept_while_the_work_lasts() -> None:
     cluster.do_on("flatten", lasts)
     assert make_worker(cluster, lease_seconds=0.2).work(going_on)
     assert cluster.fenced == set()
+    assert_flat(cluster)
+
+
+def test_worker_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a call of librbd that does not come back it keeps its lease no longer: it is cut off, and another goes on."""
+    monkeypatch.setattr(lease, "_STUCK_SECONDS", 0.5)
+    cluster = populated()
+    queued(cluster)
+    stuck, other = make_worker(cluster, "stuck", lease_seconds=0.2), make_worker(cluster, "other")
+
+    def hang(*args: object) -> None:
+        cluster.heal()
+        eventually(lambda: other.work(going_on), "another goes on", pause=0.01)
+
+    cluster.do_on("flatten", hang)
+    with pytest.raises(errors.Blocklisted):
+        stuck.work(going_on)
     assert_flat(cluster)
 
 
