@@ -10,7 +10,7 @@ import json
 import os
 import random
 import uuid
-from typing import Any
+from typing import Any, Callable
 
 import rados
 import rbd
@@ -120,8 +120,11 @@ class World:
     def engine_with(self, settings: conf.Settings, *, host: str, life: str, **more: Any) -> Engine:
         """An engine with such *settings*."""
         images = registration.Images(lambda: self.service, TIMEOUT_SECONDS)
-        owner = functools.partial(Owner, host, "machine", life, cloud=conf.cloud(self.conf))
-        return Engine(settings, owner, images=images, **more)
+        return Engine(settings, self.owner(host, life), images=images, **more)
+
+    def owner(self, host: str = "functional", life: str = "life-1") -> Callable[[str], Owner]:
+        """Who owns the jobs of a client, given its address."""
+        return functools.partial(Owner, host, "machine", life, cloud=conf.cloud(self.conf))
 
     def clone(self, engine: Engine, disk: str, image_id: str) -> str:
         """The clone, ready to be registered; returns its location."""
