@@ -13,7 +13,7 @@ test:                ## every suite, on real servers; ends with the sum of all
 	$(PYTHON) -m tests.run
 
 test-unit: $(VENV)/ready   ## seconds, with neither Ceph nor Nova
-	$(VENV)/bin/python -m pytest tests/unit tests/faults
+	$(VENV)/bin/python -m pytest tests/unit tests/faults tests/contract -m 'not real'
 
 fault-report: lab $(VENV)/ready   ## the whole fault matrix; prints a table and writes build/fault-report.json
 	lab/lab up 34

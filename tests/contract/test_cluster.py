@@ -17,7 +17,7 @@ import pytest
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster
 from nova_rbd_snap.specs import ImageSpec, SnapSpec
-from tests.contract.conftest import RealWorld, World
+from tests.contract.worlds import RealWorld, World
 from tests.fakes.cluster import BLANK, HALF_MADE, NAME_ONLY, OBJECT_BYTES, UNLISTED
 from tests.waiting import eventually
 

@@ -10,15 +10,13 @@ from typing import Optional
 import pytest
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.conf import Settings
 from nova_rbd_snap.engine import unheard
 from nova_rbd_snap.engine.service import Engine, Report
-from nova_rbd_snap.flatten.bounds import Bounds
 from nova_rbd_snap.ledger.job import Owner, copy_id
 from nova_rbd_snap.ledger.store import Ledger
 from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, Location
-from tests.contract.conftest import World
-from tests.fakes.engine import FakeImages
+from tests.contract.worlds import World
+from tests.fakes.engine import FakeImages, make_settings
 
 formats = pytest.mark.parametrize("clone_format", [1, 2])
 BASE = {0: b"base 0", 3: b"base 3"}
@@ -26,24 +24,7 @@ FROZEN = {**BASE, 0: b"disk 0", 2: b"disk 2"}
 
 
 def make_engine(world: World, clone_format: int, data_pool: Optional[str] = None, life: str = "life-1") -> Engine:
-    settings = Settings(
-        pool=world.vms,
-        ceph_conf="",
-        ceph_user=None,
-        glance_pool=None,
-        glance_data_pool=data_pool,
-        clone_format=clone_format,
-        flatten="inline",
-        flatten_engine="worker",
-        never_max_used_percent=80,
-        flatten_workers=1,
-        flatten_limit=4,
-        bounds=Bounds(4, 8, 250, 450),
-        delete="now",
-        operation_timeout=60,
-        reclaim_interval=60,
-        auth_section="service_user",
-    )
+    settings = make_settings(pool=world.vms, glance_data_pool=data_pool, clone_format=clone_format)
     return Engine(
         settings,
         functools.partial(Owner, "compute-1", "machine-1", life),

@@ -308,8 +308,10 @@ class FakeCluster:
         self._state.manager_fails = failure
 
     def let_pass(self, seconds: float) -> None:
-        """Let time pass for the OSDs."""
+        """Let time pass for the OSDs, and for what is made."""
         self._state.ahead += seconds
+        for connection in self._state.connections:
+            connection.now += seconds
 
     def make_half_clone(self, half: str, snap: SnapSpec, dest: ImageSpec) -> None:
         """What a clone that did not return may leave behind."""

@@ -81,6 +81,29 @@ class FakeImages:
         return answer
 
 
+def make_settings(**options: Any) -> Settings:
+    """What an engine is told, where a test does not say otherwise."""
+    values: dict[str, Any] = {
+        "pool": DISK.pool,
+        "ceph_conf": "",
+        "ceph_user": "nova",
+        "glance_pool": None,
+        "glance_data_pool": None,
+        "clone_format": 2,
+        "flatten": "inline",
+        "flatten_engine": "worker",
+        "never_max_used_percent": 80,
+        "flatten_workers": 1,
+        "flatten_limit": 4,
+        "bounds": Bounds(4, 8, 250, 450),
+        "delete": "now",
+        "operation_timeout": 60,
+        "reclaim_interval": 60,
+        "auth_section": "service_user",
+    }
+    return Settings(**{**values, **options})
+
+
 def make_engine(
     cluster: FakeCluster,
     *,
@@ -97,25 +120,7 @@ def make_engine(
 
     :param life: of nova-compute.
     """
-    values: dict[str, Any] = {
-        "pool": DISK.pool,
-        "ceph_conf": "",
-        "ceph_user": "nova",
-        "glance_pool": None,
-        "glance_data_pool": None,
-        "clone_format": cluster.clone_format,
-        "flatten": "inline",
-        "flatten_engine": "worker",
-        "never_max_used_percent": 80,
-        "flatten_workers": 1,
-        "flatten_limit": 4,
-        "bounds": Bounds(4, 8, 250, 450),
-        "delete": "now",
-        "operation_timeout": 60,
-        "reclaim_interval": 60,
-        "auth_section": "service_user",
-    }
-    settings = Settings(**{**values, **options})
+    settings = make_settings(clone_format=cluster.clone_format, **options)
     return Engine(
         settings,
         functools.partial(Owner, host, machine, life, cloud=cloud),
