@@ -5,6 +5,7 @@ long, and in the end nothing is left."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import time
 import uuid
@@ -25,7 +26,7 @@ from nova_rbd_snap.ledger.store import Ledger
 from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec
 from nova_rbd_snap.workers.worker import Worker
 from tests.contract.worlds import World
-from tests.fakes.engine import make_engine
+from tests.fakes.engine import make_settings
 
 DEPTH_HARD = 4
 DAY = 24 * 3600.0
@@ -130,13 +131,12 @@ class Chains(RuleBasedStateMachine):
 
     def next_engine(self, **more: Any) -> Engine:
         """After all before it have ended."""
-        return make_engine(
-            self.cluster,
+        return Engine(
+            make_settings(pool=self.world.vms, **more),
+            functools.partial(Owner, "compute-1", "machine-1", str(uuid.uuid4())),
             connect=self.world.connect,
-            pool=self.world.vms,
-            life=str(uuid.uuid4()),
             images=self.records,
-            **more,
+            clock=self.now,
         )
 
     def worker(self, mortal: Callable[[Any], Any] = lambda cluster: cluster) -> Worker:
