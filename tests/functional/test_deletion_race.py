@@ -20,6 +20,7 @@ from nova_rbd_snap.flatten.task import Flattening
 from nova_rbd_snap.ledger.job import BACKGROUND
 from nova_rbd_snap.openstack import registration
 from nova_rbd_snap.workers.worker import Worker
+from tests.faults.recording import cell
 from tests.functional.world import MIB, TIMEOUT_SECONDS, World, delete
 from tests.waiting import eventually
 
@@ -164,7 +165,7 @@ def instants(world: World, background: None) -> int:
 def test_deleted_amid_its_flatten(world: World, instants: int, instant: int) -> None:
     """At instants all over it, from the worker's first look into the ledger to its last call."""
     before = world.picture()
-    with queued(world) as found:
+    with cell(f"deleted at instant {instant} of {INSTANTS} of a flatten", real=True), queued(world) as found:
         moment = found.cluster.reached(1 + instant * instants // INSTANTS)
 
         def delete_it() -> bool:
