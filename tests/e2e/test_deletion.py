@@ -106,17 +106,10 @@ def test_disk_that_somebody_has_open(cloud: Cloud, log: Log) -> None:
     with open_elsewhere(cloud, server):
         cloud.delete_server(server)
         log.has(rf"WARNING nova_rbd_snap.*{server.id}_disk is in the trash")
-    with cloud.ceph.pool(cloud.vms) as ioctx:
-        (entry,) = [found for found in rbd.RBD().trash_list(ioctx) if found["name"] == f"{server.id}_disk"]
-        eventually(lambda: _removed_from_trash(ioctx, entry["id"]), "the trash can be emptied")
-
-
-def _removed_from_trash(ioctx: Any, image_id: str) -> bool:
-    try:
-        rbd.RBD().trash_remove(ioctx, image_id)
-    except rbd.ImageBusy:
-        return False
-    return True
+        (purge,) = eventually(lambda: [job for job in cloud.command("job", "list") if job["Left"]], "it is kept")
+    assert (purge["Kind"], purge["Step"]) == ("purge", "queued")
+    cloud.command("job", "reclaim", purge["ID"])
+    eventually(lambda: cloud.ceph.ledger(cloud.vms) == {}, "the disk is gone")
 
 
 @pytest.mark.parametrize("how", ["force", "reset"])

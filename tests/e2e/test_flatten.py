@@ -210,7 +210,7 @@ def test_what_else_becomes_of_a_server(cloud: Cloud, log: Log, readers: None) ->
     cloud.unshelve(server)
     snapshot()
     base = cloud.image_called("base")
-    compute.rebuild_server(server, image=base.id)
+    compute.rebuild_server(server.id, image=base.id)  # to the server itself it would write its state
     cloud.wait_for_status(server, "ACTIVE")
     cloud.write(server, 3)
     snapshot()
