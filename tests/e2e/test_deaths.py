@@ -229,7 +229,8 @@ def test_token_or_record_is_not_accepted(
     assert cloud.image(image_id) is None or cloud.image(image_id).status == "queued"
 
 
-@pytest.mark.parametrize("trusted", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trusted", [True, False])
 def test_token_expires(cloud: Cloud, server: Any, trusted: bool) -> None:
     """The tenant's token expires while the disk is cloned: the service's own vouches for it, or the error is clean."""
     if not trusted:

@@ -47,6 +47,7 @@ def threads(cloud: Cloud) -> int:
 
 
 @pytest.mark.disturbs
+@pytest.mark.slow
 def test_nova_compute_goes_on(cloud: Cloud, server: Any, found: recording.Cell) -> None:
     """It answers while our request waits for the cluster as an idle stock one does under the same fault; the request
     ends in time; and what the fault left heals by itself: jobs, threads, connections."""
