@@ -100,16 +100,20 @@ class Flattening:
     def _flatten(self, current: Current, stopped: Callable[[], bool]) -> None:
         """Return once the image is flat, or gone."""
         job, dest = current.job, steps.image_of(current.job)
-        is_ours = False
+        is_ours = has_map = False
         deletions = 0
         while True:
             state = self._look(job, dest)
             is_ours |= state in (_State.SHARED, _State.UNSEALED)
             if state is _State.GONE:
                 return
-            if state is _State.FLAT:
-                self._cluster.give_object_map(dest)
+            if state is _State.FLAT and has_map:
                 return
+            if state is _State.FLAT:
+                with contextlib.suppress(errors.Missing):  # deleted meanwhile
+                    self._cluster.give_object_map(dest)
+                has_map = True
+                continue  # over the handle that this takes a deletion may have failed, too
             if state is _State.SHARED:
                 self._flatten_once(current, dest, stopped)
                 continue

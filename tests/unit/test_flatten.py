@@ -554,14 +554,17 @@ def test_hostile_record() -> None:
     assert [found.id for found in jobs(cluster)] == [theirs.name]
 
 
+around = pytest.mark.parametrize("when", ["before", "flatten", "give_object_map"])
+
+
 def unseal_around_flatten(cluster: FakeCluster, when: str) -> None:
     if when == "before":
         unseal(cluster)
     else:
-        cluster.do_on("flatten", lambda *args: unseal(cluster), applied=True)
+        cluster.do_on(when, lambda *args: unseal(cluster), applied=True)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@around
 @pytest.mark.parametrize("uses_it", [True, None])
 def test_deletion_that_fails_over_the_flatten(when: str, uses_it: Optional[bool]) -> None:
     """Glance could not remove what is open here, so the record lives, or may: it gets back what its location names."""
@@ -594,7 +597,7 @@ def test_deletion_ends_the_flatten(uses_it: bool) -> None:
     assert working.result(BOUND_SECONDS)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@around
 def test_deletion_that_gets_through(when: str) -> None:
     """The record is gone: so is the image then, and all that was kept for it."""
     cluster = populated()
@@ -900,7 +903,7 @@ def test_glance_that_cannot_be_asked() -> None:
     queued(cluster)
     images = FakeImages()
     images.error = errors.NotAuthorized("no role")
-    unseal_around_flatten(cluster, "after")
+    unseal_around_flatten(cluster, "flatten")
     assert make_worker(cluster, images=images).work(going_on)
     assert_flat(cluster)
 
@@ -909,7 +912,7 @@ def test_image_without_its_snapshot_does_not_wait_long() -> None:
     """Whatever was in the way: until it is made again the image cannot be used."""
     cluster, clock = populated(), Clock()
     queued(cluster)
-    unseal_around_flatten(cluster, "after")
+    unseal_around_flatten(cluster, "flatten")
     for nth in range(1, 4):
         cluster.fail_on("create_snap", errors.CephError, nth=nth)
     worker = make_worker(cluster, clock=clock)
