@@ -89,6 +89,8 @@ class Flattening:
                 self._hurry(current.job, error)
                 raise
             current.change(flat_at=self._clock(), percent=100)
+        else:
+            self._see_whole(current.job, stopped)
         self._release(current.job)
 
     def _hurry(self, job: Job, error: errors.SnapError) -> None:
@@ -254,7 +256,18 @@ class Flattening:
             return
         self._means.see_ended(dest)  # a snapshot taken amid a flatten may read zeros
         # A live record, or one that cannot be asked about, must find its data.
-        LOG.info("Image %s: a deletion met its flatten and failed; its snapshot is made again", job.image_id)
+        self._seal(dest)
+
+    def _see_whole(self, job: Job, stopped: Callable[[], bool]) -> None:
+        """Make a flat image whole whose deletion failed over somebody else: an older Glance's may over its own reading."""
+        dest = steps.image_of(job)
+        if self._look(job, dest) is not _State.UNSEALED_FLAT or self._await_deletion(job, dest, stopped):
+            return
+        if self._images.uses(job.image_id, jobs.location(job, saga.Run(self._cluster))):
+            self._seal(dest)
+
+    def _seal(self, dest: ImageSpec) -> None:
+        LOG.info("Image %s: a deletion failed, for it was open; its snapshot is made again", dest.name)
         with contextlib.suppress(errors.AlreadyThere):
             self._cluster.create_snap(dest.snap(GLANCE_SNAP))
         with contextlib.suppress(errors.Busy):

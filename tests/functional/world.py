@@ -223,6 +223,9 @@ class World:
     def status(self, image_id: str) -> str:
         return self.service.record(image_id).status
 
+    def is_hashed(self, image_id: str) -> bool:
+        return bool(self.service._call("GET", f"/v2/images/{image_id}").json()["os_hash_value"])
+
     def content(self, pool: str, name: str, snap: Any = None) -> bytes:
         with rbd.Image(self.ioctx[pool], name, snapshot=snap, read_only=True) as image:
             return bytes(image.read(0, image.size()))

@@ -576,6 +576,26 @@ def test_deletion_that_fails_over_the_flatten(when: str, uses_it: Optional[bool]
     assert_flat(cluster)
 
 
+@pytest.mark.usefixtures("real_days")
+@pytest.mark.parametrize("uses_it", [True, False])
+def test_deletion_that_fails_over_somebody_else(uses_it: bool) -> None:
+    """Of a flat image, as long as its job waits for readers: it is made whole, if Glance's record lives. If not it stays
+    for the operator: nothing but the job says that it was ours."""
+    cluster, clock = populated(), Clock()
+    queued(cluster)
+    worker = make_worker(cluster, images=FakeImages(uses_it=uses_it), clock=clock)
+    assert worker.work(going_on)
+    unseal(cluster)
+    clock.now = jobs(cluster)[0].not_before
+    assert worker.work(going_on)
+    assert [snap.name for snap in cluster.snaps(DEST)] == [GLANCE_SNAP] * uses_it
+    clock.now += DAY
+    assert worker.work(going_on)
+    assert jobs(cluster) == []
+    assert cluster.exists(DEST)
+    assert cluster.snaps(DISK) == []
+
+
 @pytest.mark.parametrize("uses_it", [True, False])
 def test_deletion_ends_the_flatten(uses_it: bool) -> None:
     """It is not waited for: of a large image that would take hours."""
