@@ -259,7 +259,7 @@ class Flattening:
         self._seal(dest)
 
     def _see_whole(self, job: Job, stopped: Callable[[], bool]) -> None:
-        """Make a flat image whole whose deletion failed over somebody else: an older Glance's may over its own reading."""
+        """Make a flat image whole whose deletion failed over somebody else, as may be an older Glance that reads it."""
         dest = steps.image_of(job)
         if self._look(job, dest) is not _State.UNSEALED_FLAT or self._await_deletion(job, dest, stopped):
             return

@@ -579,8 +579,8 @@ def test_deletion_that_fails_over_the_flatten(when: str, uses_it: Optional[bool]
 @pytest.mark.usefixtures("real_days")
 @pytest.mark.parametrize("uses_it", [True, False])
 def test_deletion_that_fails_over_somebody_else(uses_it: bool) -> None:
-    """Of a flat image, as long as its job waits for readers: it is made whole, if Glance's record lives. If not it stays
-    for the operator: nothing but the job says that it was ours."""
+    """Of a flat image, as long as its job waits for readers: it is made whole, if Glance's record lives. If not it
+    stays for the operator: nothing but the job says that it was ours."""
     cluster, clock = populated(), Clock()
     queued(cluster)
     worker = make_worker(cluster, images=FakeImages(uses_it=uses_it), clock=clock)
