@@ -260,6 +260,9 @@ class Cluster(Protocol):
     def trashed(self, pool: str) -> list[TrashInfo]:
         """What is in the trash of *pool*."""
 
+    def snaps_of_trashed(self, pool: str, image_id: str) -> list[SnapInfo]:
+        """The snapshots of an rbd image in the trash. :raises Missing: no such rbd image there."""
+
     def children_of_trashed(self, pool: str, image_id: str) -> list[ImageSpec]:
         """The clones that depend on an rbd image in the trash. :raises Missing: no such rbd image there."""
 

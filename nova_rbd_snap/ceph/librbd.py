@@ -448,6 +448,12 @@ class LibrbdCluster:
             found = self._omap(ioctx, trash.OBJECT)
         return [trash.decode(_text(key), value) for key, value in found.items() if key.startswith(trash.KEY.encode())]
 
+    def snaps_of_trashed(self, pool: str, image_id: str) -> list[SnapInfo]:
+        with _translated(f"list the snapshots of {image_id} in the trash of pool {pool}"), self._pool(pool) as ioctx:
+            opened = rbd.Image(ioctx, image_id=image_id, read_only=True)
+            with opened:
+                return [self._snap_info(opened, snap) for snap in opened.list_snaps()]
+
     def children_of_trashed(self, pool: str, image_id: str) -> list[ImageSpec]:
         found = []
         with _translated(f"list the clones of {image_id} in the trash of pool {pool}"), self._pool(pool) as ioctx:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Optional, TypeVar
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.ceph.interface import Cluster, ImageInfo
+from nova_rbd_snap.ceph.interface import Cluster, ImageInfo, SnapInfo
 from nova_rbd_snap.conf import Settings
 from nova_rbd_snap.engine import Report, unheard
 from nova_rbd_snap.flatten import means, readers
@@ -373,20 +373,22 @@ class Engine:
         """
         with self._connection() as cluster:
             ledger, run = self._ledger(cluster), saga.Run(cluster, report)
-            at_work = {job.id for job in ledger.read().jobs if self._is_mine(job) and not steps.lets_go(job)}
+            recorded = ledger.read().jobs
+            at_work = {job.id for job in recorded if self._is_mine(job) and not steps.lets_go(job)}
+            kept = {job.snap.name for job in recorded if job.kind == FLATTEN}
             discard = functools.partial(self._discard, run, ledger)
-            left = disks.remove_all(self._settings.pool, server, run, discard, at_work)
+            left = disks.remove_all(self._settings.pool, server, run, discard, at_work=at_work, kept=kept)
         self._look_for_work()
         return left
 
-    def _discard(self, run: saga.Run, ledger: Ledger, disk: ImageSpec, is_needed: bool) -> Iterable[str]:
+    def _discard(self, run: saga.Run, ledger: Ledger, disk: ImageSpec, left: Sequence[SnapInfo]) -> Iterable[str]:
         """See :data:`nova_rbd_snap.janitor.disks.Discard`; what images depend on librbd moves to the trash itself."""
         owner = self._owner(run.cluster.address())
 
         def trash(disk: ImageSpec) -> None:
             purge.trash(disk, run, ledger, owner, self._clock())
 
-        if self._settings.delete == "trash" and not is_needed:
+        if any(not snap.trashed for snap in left) or (self._settings.delete == "trash" and not left):
             with contextlib.suppress(errors.Missing):  # half-made, or gone
                 trash(disk)
                 return ()

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Callable
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.ceph.interface import Cluster
+from nova_rbd_snap.ceph.interface import Cluster, TrashInfo
 from nova_rbd_snap.flatten.means import Means
 from nova_rbd_snap.janitor import jobs
 from nova_rbd_snap.ledger.job import FLATTEN, Job
@@ -117,6 +117,7 @@ class Flattening:
                 has_map = True
                 continue  # over the handle that this takes a deletion may have failed, too
             if state is _State.SHARED:
+                self._see_parent_stays(job, dest)
                 self._flatten_once(current, dest, stopped)
                 continue
             deletions += 1
@@ -128,12 +129,18 @@ class Flattening:
     def _release(self, job: Job) -> None:
         """Remove the disk's snapshot, once nobody can have the image open from before it was flat.
 
-        Whoever has goes on reading from the snapshot what was zeros then, and would get what the server wrote since.
+        Whoever has goes on reading from the snapshot what was zeros then, and would get what the server wrote since, or
+        what the disk itself was cloned from.
         """
         run = saga.Run(self._cluster)
-        if any(not snap.trashed for snap in steps.frozen(job, run)):
+        is_trashed = any(not found.is_parent for found in self._trashed(job))  # and kept until this job has ended
+        if is_trashed or any(not snap.trashed for snap in steps.frozen(job, run)):
             self._see_unread(job, steps.image_of(job))
         steps.remove_frozen(job, run)
+
+    def _trashed(self, job: Job) -> list[TrashInfo]:
+        """The server's disk, where that was deleted, or rebuilt."""
+        return [found for found in self._cluster.trashed(job.disk.pool) if found.name == job.disk.name]
 
     def _see_unread(self, job: Job, dest: ImageSpec) -> None:
         """:raises errors.Later: the image may still be open from before it was flat."""
@@ -155,6 +162,12 @@ class Flattening:
             return self._cluster.lookup(child).created < moment
         except (errors.Missing, errors.NoPermission):
             return True  # in the trash, where clones of its own need it; Cinder's, as a rule
+
+    def _see_parent_stays(self, job: Job, dest: ImageSpec) -> None:
+        """Who reads the image needs it longer. :raises errors.Later: librbd would remove it with its last clone."""
+        for found in self._trashed(job):
+            if found.is_parent and dest in self._cluster.children_of_trashed(job.disk.pool, found.id):
+                raise errors.Later("is not made flat, for the disk that it is read from would go then", _GONE_SECONDS)
 
     def _look(self, job: Job, dest: ImageSpec) -> _State:
         try:

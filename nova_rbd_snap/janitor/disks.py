@@ -2,15 +2,15 @@
 """Remove the disks of a server that is being deleted.
 
 What nobody needs is removed with them: our snapshots, whoever's job they were, and those that stock Nova leaves behind.
-A disk that images depend on goes to the trash, and from there with the last of them. What somebody else needs keeps the
-disk, and is told.
+A disk that images depend on goes to the trash, and from there with the last of them; one of an image that is being
+flattened as well, with its snapshot as it is. What somebody else needs keeps the disk, and is told.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Callable
 
 from nova_rbd_snap import errors
@@ -26,16 +26,25 @@ STOCK_SNAP = re.compile(r"[0-9a-f]{32}")
 _RESIZE_SNAP = "nova-resize"
 
 
-#: Gets rid of a disk; returns what is left of it and why, as sentences. It may have trashed snapshots, for images that
-#: depend on it.
-Discard = Callable[[ImageSpec, bool], Iterable[str]]
+#: Gets rid of a disk; returns what is left of it and why, as sentences. The snapshots that it has are trashed, for
+#: images that depend on it, or are to be kept.
+Discard = Callable[[ImageSpec, Sequence[SnapInfo]], Iterable[str]]
 
 
-def remove_all(pool: str, server: str, run: Run, discard: Discard, at_work: Container[str] = ()) -> list[str]:
+def remove_all(
+    pool: str,
+    server: str,
+    run: Run,
+    discard: Discard,
+    *,
+    at_work: Container[str] = (),
+    kept: Container[str] = (),
+) -> list[str]:
     """Remove every disk of the server; returns what is left of them and why, as sentences.
 
     :param server: uuid, which the names of its disks, and of no other's, begin with.
     :param at_work: ids of the jobs that will let go of their disks.
+    :param kept: names of the snapshots that are to be kept, for flattens.
     :raises errors.Unreachable: the cluster does not answer; it can be tried again.
     :raises errors.StillAtWork: a job of ours needs a disk; it can be tried again.
     """
@@ -43,7 +52,7 @@ def remove_all(pool: str, server: str, run: Run, discard: Discard, at_work: Cont
     for name in run.cluster.images(pool):
         if name.startswith(f"{server}_"):
             try:
-                left += _remove(ImageSpec(pool, name), run, discard, at_work)
+                left += _remove(ImageSpec(pool, name), run, discard, at_work, kept)
             except errors.Missing:
                 continue  # somebody else removed it
             except (errors.Unreachable, errors.StillAtWork):
@@ -53,14 +62,16 @@ def remove_all(pool: str, server: str, run: Run, discard: Discard, at_work: Cont
     return left
 
 
-def _remove(disk: ImageSpec, run: Run, discard: Discard, at_work: Container[str]) -> Iterator[str]:
+def _remove(
+    disk: ImageSpec, run: Run, discard: Discard, at_work: Container[str], kept: Container[str]
+) -> Iterator[str]:
     run.report(f"remove {disk.name}", 0, 0)
-    snaps = _snaps(disk, run)
+    snaps = [snap for snap in _snaps(disk, run) if snap.name not in kept]
     holders = [text for snap in snaps for text in _free(disk, snap, run, at_work)]
     if holders:
         yield f"{disk} stays until these are removed: {', '.join(holders)}"
     else:
-        yield from discard(disk, bool(snaps and _snaps(disk, run)))
+        yield from discard(disk, _snaps(disk, run))
 
 
 def remove_now(run: Run, trash: Callable[[ImageSpec], object], disk: ImageSpec) -> Iterator[str]:

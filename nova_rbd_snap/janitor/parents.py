@@ -19,7 +19,7 @@ from typing import Callable
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster, SnapInfo, TrashInfo
 from nova_rbd_snap.janitor.jobs import Images
-from nova_rbd_snap.ledger.job import SNAP_PREFIX
+from nova_rbd_snap.ledger.job import SNAP_PREFIX, purge_id
 from nova_rbd_snap.ledger.store import Ledger
 from nova_rbd_snap.specs import GLANCE_SNAP, UUID, ImageSpec, Location
 
@@ -66,6 +66,8 @@ class _Clearing:
         for waiting in self._cluster.trashed(self._pool):
             if waiting.is_parent:
                 yield from self._each(f"{self._pool}/{waiting.name}", self._parent(waiting))
+            elif self._ledger.has(purge_id(waiting.id)):  # its job removes the rest
+                yield from self._each(f"{self._pool}/{waiting.name}", self._clones(waiting))
         for name in self._cluster.images(self._pool):
             if _DISK.fullmatch(name):
                 disk = ImageSpec(self._pool, name)
@@ -81,6 +83,9 @@ class _Clearing:
             return  # gone meanwhile
         except errors.SnapError as error:
             yield Cleared(what, error.report())
+
+    def _clones(self, waiting: TrashInfo) -> Iterator[str]:
+        yield from self._images_of(self._cluster.children_of_trashed(self._pool, waiting.id))
 
     def _parent(self, waiting: TrashInfo) -> Iterator[str]:
         children = self._cluster.children_of_trashed(self._pool, waiting.id)

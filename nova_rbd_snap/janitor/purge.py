@@ -12,7 +12,7 @@ from typing import Callable
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster
-from nova_rbd_snap.ledger.job import PURGE, QUEUED, Job, Owner, purge_id
+from nova_rbd_snap.ledger.job import FLATTEN, PURGE, QUEUED, SNAP_PREFIX, Job, Owner, purge_id
 from nova_rbd_snap.ledger.store import Ledger
 from nova_rbd_snap.snapshot import steps
 from nova_rbd_snap.snapshot.saga import Run
@@ -21,6 +21,8 @@ from nova_rbd_snap.workers.worker import Current
 
 #: How long after its record a disk may come to be in the trash.
 _ON_ITS_WAY_SECONDS = 3600.0
+#: How often is looked whether the disk is needed for no flatten, and no image, any more.
+_FLATTEN_SECONDS, _IMAGES_SECONDS = 600.0, 3600.0
 
 
 def trash(disk: ImageSpec, run: Run, ledger: Ledger, owner: Owner, now: float) -> None:
@@ -74,11 +76,26 @@ class Purge:
                 left = found.kept_until - self._clock()
                 if left > 0:
                     raise errors.Later(f"waits, for somebody has put {disk} back into the trash", left)
-                with contextlib.suppress(errors.Missing):  # gone meanwhile
-                    self._cluster.remove_trashed(disk.pool, job.image_id)
+                self._remove(job)
                 return
         if self._is_on_its_way(job):
             raise errors.Later(f"waits, for {disk} is not in the trash yet")
+
+    def _remove(self, job: Job) -> None:
+        jobs = Ledger(self._cluster, job.disk.pool).read().jobs
+        if any(other.kind == FLATTEN and other.disk == job.disk for other in jobs):
+            raise errors.Later(f"waits until nobody reads an image of {job.disk} that was not flat", _FLATTEN_SECONDS)
+        pool, image_id = job.disk.pool, job.image_id
+        try:
+            for snap in self._cluster.snaps_of_trashed(pool, image_id):
+                if snap.name.startswith(SNAP_PREFIX) and not snap.trashed:
+                    with contextlib.suppress(errors.Busy):  # an image depends on it
+                        self._cluster.remove_snap_of_trashed(pool, image_id, snap.name)
+            self._cluster.remove_trashed(pool, image_id)
+        except errors.HasSnapshots as error:
+            raise errors.Later(f"waits: {error.report()}", _IMAGES_SECONDS) from error
+        except errors.Missing:
+            return  # gone meanwhile
 
     def _is_on_its_way(self, job: Job) -> bool:
         """Whether whoever deletes the server may still be about to move the disk to the trash."""

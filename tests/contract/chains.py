@@ -304,11 +304,11 @@ class Chains(RuleBasedStateMachine):
                 self.remove_image(spec)
             else:
                 self.remove_server(spec, "now")
-        self.let_a_day_pass()
         self.world.let_leases_end(self.lease_seconds)
-        while self.worker().work(lambda: False):
-            pass
         for _ in range(2 * DEPTH_HARD + 2):
+            self.let_a_day_pass()
+            while self.worker().work(lambda: False):
+                pass
             self.clear()
         # What is flat when Glance moves it there is in nobody's way, and Glance's, as with stock Nova.
         for found in self.cluster.trashed(self.world.images):

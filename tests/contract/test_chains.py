@@ -30,7 +30,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_the_fake() -> None:
     run_state_machine_as_test(
         lambda: Chains(FakeWorld(), lease_seconds=60.0),
-        settings=settings(max_examples=40, stateful_step_count=30, deadline=None, derandomize=True),
+        settings=settings(max_examples=100, stateful_step_count=50, deadline=None, derandomize=True),
     )
 
 

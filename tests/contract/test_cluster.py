@@ -956,8 +956,52 @@ def test_reader_while_it_is_flattened(world: World, cluster: Cluster, disk: Imag
     assert [snap.name for snap in cluster.snaps(disk)] == ["frozen"]
 
 
+def over_a_base(world: World, cluster: Cluster, shared: SnapSpec) -> tuple[ImageSpec, SnapSpec]:
+    """A disk that is itself a clone, with zeros over what its base image has; and a sealed clone of it."""
+    base, disk = ImageSpec(world.images, f"{shared.image.name}-base"), ImageSpec(world.vms, f"{shared.image.name}-over")
+    world.create(base)
+    world.write(base, 0, b"base")
+    cluster.create_snap(base.snap("s"))
+    cluster.clone(base.snap("s"), disk, None)
+    world.write(disk, 0, bytes(64))
+    cluster.create_snap(disk.snap("frozen"))
+    dest = ImageSpec(world.images, f"{shared.image.name}-of-over")
+    cluster.clone(disk.snap("frozen"), dest, None, object_map=False)
+    cluster.create_snap(dest.snap("s"))
+    return disk, dest.snap("s")
+
+
+def test_why_the_disk_stays(world: World, cluster: Cluster, shared: SnapSpec) -> None:
+    """When it goes with the flatten, who has the clone open reads what is below it, where there were zeros."""
+    disk, snap = over_a_base(world, cluster, shared)
+    with world.reader(snap) as read:
+        assert read(0) == b""
+        cluster.remove_snap(disk.snap("frozen"))
+        cluster.remove(disk)
+        cluster.flatten(snap.image, go_on)
+        assert disk.name not in {each.name for each in cluster.trashed(disk.pool)}
+        assert read(0) == b"base"
+
+
+def test_reader_while_the_disk_is_in_the_trash(world: World, cluster: Cluster, shared: SnapSpec) -> None:
+    """With its snapshot as it was: it stays there after the flatten, and who has the clone open reads on."""
+    disk, snap = over_a_base(world, cluster, shared)
+    with world.reader(snap) as read:
+        cluster.trash(disk, 0)
+        cluster.flatten(snap.image, go_on)
+        (waiting,) = [each for each in cluster.trashed(disk.pool) if each.name == disk.name]
+        assert not waiting.is_parent
+        (kept,) = cluster.snaps_of_trashed(disk.pool, waiting.id)
+        assert (kept.name, kept.trashed) == ("frozen", False)
+        assert read(0) == b""
+    cluster.remove_snap_of_trashed(disk.pool, waiting.id, "frozen")
+    cluster.remove_trashed(disk.pool, waiting.id)
+    with pytest.raises(errors.Missing):
+        cluster.snaps_of_trashed(disk.pool, waiting.id)
+
+
 def test_reader_while_the_server_is_deleted(world: World, cluster: Cluster, disk: ImageSpec, shared: SnapSpec) -> None:
-    """It reads on when the disk goes with the flatten."""
+    """Over a disk that is no clone it reads on when that goes with the flatten."""
     with world.reader(shared) as read:
         cluster.remove_snap(disk.snap("frozen"))
         cluster.remove(disk)
@@ -1207,6 +1251,7 @@ CHANGES: dict[str, Act] = {
     "renew_lease": lambda cluster, snap, dest: cluster.renew_lease(snap.image.pool, "x", 60),
     "end_lease": lambda cluster, snap, dest: cluster.end_lease(snap.image.pool, "x"),
     "trashed": lambda cluster, snap, dest: cluster.trashed(snap.image.pool),
+    "snaps_of_trashed": lambda cluster, snap, dest: cluster.snaps_of_trashed(snap.image.pool, "1"),
     "children_of_trashed": lambda cluster, snap, dest: cluster.children_of_trashed(snap.image.pool, "1"),
     "remove_snap_of_trashed": lambda cluster, snap, dest: cluster.remove_snap_of_trashed(snap.image.pool, "1", "s"),
     "remove_trashed": lambda cluster, snap, dest: cluster.remove_trashed(snap.image.pool, "1"),

@@ -50,6 +50,9 @@ class _Snap:
     # librbd's name for it once it is trashed.
     uuid: str = field(default_factory=lambda: str(uuid.uuid4()))
 
+    def info(self) -> SnapInfo:
+        return SnapInfo(self.id, self.name, self.created, self.protected, self.trashed)
+
     @property
     def spec(self) -> SnapSpec:
         return self.image.spec.snap(self.uuid if self.trashed else self.name)
@@ -474,9 +477,7 @@ class FakeCluster:
 
     @_call
     def snaps(self, image: ImageSpec) -> list[SnapInfo]:
-        return [
-            SnapInfo(snap.id, snap.name, snap.created, snap.protected, snap.trashed) for snap in self._open(image).snaps
-        ]
+        return [snap.info() for snap in self._open(image).snaps]
 
     @_call
     def children(self, image: ImageSpec, snap_id: int) -> list[ImageSpec]:
@@ -697,6 +698,10 @@ class FakeCluster:
             TrashInfo(image.id, image.spec.name, image.is_parent_in_trash, image.kept_until)
             for image in self._pool(pool).trash
         ]
+
+    @_call
+    def snaps_of_trashed(self, pool: str, image_id: str) -> list[SnapInfo]:
+        return [snap.info() for snap in self._trashed(pool, image_id).snaps]
 
     @_call
     def children_of_trashed(self, pool: str, image_id: str) -> list[ImageSpec]:

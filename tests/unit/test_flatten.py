@@ -11,9 +11,10 @@ import pytest
 from nova_rbd_snap import errors
 from nova_rbd_snap.flatten import means, task
 from nova_rbd_snap.flatten.bounds import Bounds
-from nova_rbd_snap.flatten.queue import shared_images
+from nova_rbd_snap.flatten.queue import queue_image, shared, shared_images
 from nova_rbd_snap.flatten.readers import Probe
 from nova_rbd_snap.flatten.task import Flattening
+from nova_rbd_snap.janitor.purge import Purge
 from nova_rbd_snap.ledger.job import AT_WORK, BACKGROUND, CLONE, FLATTEN, INLINE, NEVER, PROBE, QUEUED, Job, Owner
 from nova_rbd_snap.ledger.store import OBJECT, Ledger
 from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, Location
@@ -80,7 +81,10 @@ def make_worker(
         client,
         DISK.pool,
         Owner(host, f"machine of {host}", "life-1", client.address(), cloud),
-        [Flattening(client, images or FakeImages(uses_it=True), means.of(by, client), clock or Clock())],
+        [
+            Purge(client, clock or Clock()),
+            Flattening(client, images or FakeImages(uses_it=True), means.of(by, client), clock or Clock()),
+        ],
         limit=limit,
         lease_seconds=lease_seconds,
         clock=clock or Clock(),
@@ -663,6 +667,15 @@ def delete_image(cluster: FakeCluster, dest: ImageSpec) -> None:
     cluster.remove(dest)
 
 
+def work_for_days(cluster: FakeCluster) -> None:
+    """All that waits for a while is done, too."""
+    clock = Clock()
+    for _ in range(3):
+        clock.now += DAY
+        while make_worker(cluster, clock=clock).work(going_on):
+            pass
+
+
 @later
 def test_server_of_an_image_that_is_not_flat(policy: str) -> None:
     """Its disk is gone for Nova at once; the image is whole, and with its last one the disk is gone for good."""
@@ -679,8 +692,7 @@ def test_server_of_an_image_that_is_not_flat(policy: str) -> None:
         assert [waiting.name for waiting in cluster.trashed(DISK.pool)] == [DISK.name]
         assert cluster.content(each.snap(GLANCE_SNAP)) == FROZEN
         delete_image(cluster, each)
-    while make_worker(cluster).work(going_on):
-        pass
+    work_for_days(cluster)
     assert cluster.trashed(DISK.pool) == []
     assert jobs(cluster) == []
 
@@ -699,7 +711,9 @@ def test_server_that_is_deleted_before_the_image_is_registered(policy: str, is_r
         engine.finish(DEST.name)
         assert cluster.content(DEST.snap(GLANCE_SNAP)) == FROZEN
         make_worker(cluster).work(going_on)
+        assert cluster.content(DEST.snap(GLANCE_SNAP)) == FROZEN
         delete_image(cluster, DEST)
+        work_for_days(cluster)
     else:
         assert engine.rollback(DEST.name)
     assert not cluster.exists(DEST)
@@ -867,24 +881,67 @@ def test_server_in_the_trash_may_be_read() -> None:
 
 
 @pytest.mark.usefixtures("real_days")
-@pytest.mark.parametrize("image_goes_first", [True, False])
-def test_nothing_waits_for_readers_of_what_is_gone(image_goes_first: bool) -> None:
-    """With the image, or the server, goes the snapshot."""
+def test_nothing_waits_for_readers_of_what_is_gone() -> None:
+    """With the image goes the snapshot."""
     cluster, clock = populated(), Clock()
     with_zeros(cluster)
     worker = make_worker(cluster, clock=clock)
     assert worker.work(going_on)
-    if image_goes_first:
-        delete_image(cluster, DEST)
-    else:
-        reader = cluster.open_reader(DEST.snap(GLANCE_SNAP))
-        assert make_engine(cluster).remove_disks(SERVER) == []
-        assert not cluster.exists(DISK)
-        assert read(reader) == FROZEN
+    delete_image(cluster, DEST)
     clock.now = jobs(cluster)[0].not_before
     assert worker.work(going_on)
     assert jobs(cluster) == []
-    assert not cluster.exists(DISK) or cluster.snaps(DISK) == []
+    assert cluster.snaps(DISK) == []
+
+
+@pytest.mark.usefixtures("real_days")
+@pytest.mark.parametrize("is_flat", [True, False])
+@pytest.mark.parametrize("is_rebuilt", [True, False])
+def test_server_is_deleted_while_its_image_is_read(is_flat: bool, is_rebuilt: bool) -> None:
+    """Its disk stays in the trash until the reading has ended: what is zeros there is something else in its base."""
+    cluster, clock = populated(), Clock()
+    cluster.write(DISK, 0, b"")
+    content = {number: data for number, data in cluster.content(DISK).items() if data}
+    queued(cluster)
+    reader = cluster.open_reader(DEST.snap(GLANCE_SNAP))
+    worker = make_worker(cluster, clock=clock)
+    assert is_flat == (is_flat and worker.work(going_on))
+    cluster.write(DISK, 0, b"later")
+    assert make_engine(cluster).remove_disks(SERVER) == []
+    assert not cluster.exists(DISK)
+    if is_rebuilt:
+        cluster.create_disk(DISK)
+    worker.work(going_on)
+    assert cluster.lookup(DEST).parent is None
+    assert read(reader) == content
+    clock.now += DAY / 2
+    worker.work(going_on)
+    assert read(reader) == content
+    work_for_days(cluster)
+    assert cluster.trashed(DISK.pool) == []
+    assert jobs(cluster) == []
+
+
+@pytest.mark.usefixtures("real_days")
+def test_image_of_a_deleted_server_is_not_flattened() -> None:
+    """Where librbd would remove the disk with that, while somebody reads."""
+    cluster, clock = populated(), Clock()
+    engine = make_engine(cluster, flatten=NEVER)
+    clone(engine)
+    engine.finish(DEST.name)
+    assert engine.remove_disks(SERVER) == []
+    found = shared(cluster, DEST)
+    assert found is not None
+    queue_image(found, Ledger(cluster, DISK.pool), Owner("host", "machine", "life", cluster.address()), clock.now)
+    worker = make_worker(cluster, clock=clock)
+    assert worker.work(going_on)
+    (job,) = jobs(cluster)
+    assert "is not made flat" in job.failures[0]
+    assert cluster.lookup(DEST).parent is not None
+    delete_image(cluster, DEST)
+    work_for_days(cluster)
+    assert cluster.trashed(DISK.pool) == []
+    assert jobs(cluster) == []
 
 
 def test_map_of_the_objects() -> None:
