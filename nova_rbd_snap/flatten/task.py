@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from typing import Callable
+from typing import Callable, Optional
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster, TrashInfo
@@ -84,10 +84,13 @@ class Flattening:
         if current.job.flat_at is None:
             try:
                 self._make_way()
-                self._flatten(current, stopped)
+                is_flat = self._flatten(current, stopped)
             except errors.SnapError as error:
                 self._hurry(current.job, error)
                 raise
+            if not is_flat:  # what may be left of it, in a trash, keeps the snapshot itself
+                steps.remove_frozen(current.job, saga.Run(self._cluster))
+                return
             current.change(flat_at=self._clock(), percent=100)
         else:
             self._see_whole(current.job, stopped)
@@ -99,8 +102,8 @@ class Flattening:
             if self._look(job, steps.image_of(job)) in (_State.UNSEALED, _State.UNSEALED_FLAT):
                 raise errors.Later(f"cannot be used until its snapshot is made again: {error.report()}", _HURRY_SECONDS)
 
-    def _flatten(self, current: Current, stopped: Callable[[], bool]) -> None:
-        """Return once the image is flat, or gone."""
+    def _flatten(self, current: Current, stopped: Callable[[], bool]) -> bool:
+        """Whether the image is flat, once it is that, or gone."""
         job, dest = current.job, steps.image_of(current.job)
         is_ours = has_map = False
         deletions = 0
@@ -108,9 +111,9 @@ class Flattening:
             state = self._look(job, dest)
             is_ours |= state in (_State.SHARED, _State.UNSEALED)
             if state is _State.GONE:
-                return
+                return False
             if state is _State.FLAT and has_map:
-                return
+                return True
             if state is _State.FLAT:
                 with contextlib.suppress(errors.Missing):  # deleted meanwhile
                     self._cluster.give_object_map(dest)
@@ -144,18 +147,26 @@ class Flattening:
 
     def _see_unread(self, job: Job, dest: ImageSpec) -> None:
         """:raises errors.Later: the image may still be open from before it was flat."""
-        state, flat_at = self._look(job, dest), job.flat_at or 0.0
-        if state is _State.GONE:
+        clones, flat_at = self._clones(job, dest), job.flat_at or 0.0
+        if clones is None:
             return
         left = flat_at + _READERS_SECONDS - self._clock()
         if left > 0:
             text = f"is flat; {job.snap} stays until who reads it from before must have ended"
             raise errors.Later(text, min(left, _GONE_SECONDS))
-        for snap in self._cluster.snaps(dest):
-            for child in self._cluster.children(dest, snap.id):
-                if self._is_of_before(child, flat_at + _SKEW_SECONDS):
-                    text = f"is flat; {job.snap} stays, for {child} was booted before, and may have it open"
-                    raise errors.Later(text, _GONE_SECONDS)
+        for clone in clones:
+            if self._is_of_before(clone, flat_at + _SKEW_SECONDS):
+                text = f"is flat; {job.snap} stays, for {clone} was booted before, and may have it open"
+                raise errors.Later(text, _GONE_SECONDS)
+
+    def _clones(self, job: Job, dest: ImageSpec) -> Optional[list[ImageSpec]]:
+        """What was made of the image; None where that is gone, and not only in the trash, for such clones."""
+        if self._look(job, dest) is not _State.GONE:
+            snaps = self._cluster.snaps(dest)
+            return [clone for snap in snaps for clone in self._cluster.children(dest, snap.id)]
+        if any(found.id == job.dest_id for found in self._cluster.trashed(dest.pool)):
+            return self._cluster.children_of_trashed(dest.pool, job.dest_id or "")
+        return None
 
     def _is_of_before(self, child: ImageSpec, moment: float) -> bool:
         try:
