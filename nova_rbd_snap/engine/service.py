@@ -13,7 +13,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Callable, Optional, TypeVar
 
@@ -376,19 +376,22 @@ class Engine:
             recorded = ledger.read().jobs
             at_work = {job.id for job in recorded if self._is_mine(job) and not steps.lets_go(job)}
             kept = {job.snap.name for job in recorded if job.kind == FLATTEN}
-            discard = functools.partial(self._discard, run, ledger)
+            discard = functools.partial(self._discard, run, ledger, kept)
             left = disks.remove_all(self._settings.pool, server, run, discard, at_work=at_work, kept=kept)
         self._look_for_work()
         return left
 
-    def _discard(self, run: saga.Run, ledger: Ledger, disk: ImageSpec, left: Sequence[SnapInfo]) -> Iterable[str]:
+    def _discard(
+        self, run: saga.Run, ledger: Ledger, kept: Container[str], disk: ImageSpec, left: Sequence[SnapInfo]
+    ) -> Iterable[str]:
         """See :data:`nova_rbd_snap.janitor.disks.Discard`; what images depend on librbd moves to the trash itself."""
         owner = self._owner(run.cluster.address())
 
         def trash(disk: ImageSpec) -> None:
             purge.trash(disk, run, ledger, owner, self._clock())
 
-        if any(not snap.trashed for snap in left) or (self._settings.delete == "trash" and not left):
+        there = [snap.name for snap in left if not snap.trashed]
+        if (there and all(name in kept for name in there)) or (self._settings.delete == "trash" and not left):
             with contextlib.suppress(errors.Missing):  # half-made, or gone
                 trash(disk)
                 return ()

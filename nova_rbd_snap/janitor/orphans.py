@@ -15,7 +15,7 @@ from typing import Optional
 from nova_rbd_snap import errors
 from nova_rbd_snap.janitor.findings import KEEP, TRASH, Finding, Scene
 from nova_rbd_snap.janitor.strays import DISK, has_record
-from nova_rbd_snap.ledger.job import FLATTEN, SNAP_PREFIX
+from nova_rbd_snap.ledger.job import SNAP_PREFIX
 from nova_rbd_snap.ledger.store import Contents
 from nova_rbd_snap.specs import UUID, ImageSpec
 
@@ -98,5 +98,4 @@ def _is_ours(snap: str, ledger: Contents) -> bool:
     found = _OUR_SNAP.fullmatch(snap)
     if found is None or found[1] in ledger.strange:
         return False
-    # A flatten needs the snapshot only as long as the disk is written to.
-    return all(job.kind == FLATTEN for job in ledger.jobs if job.id == found[1])
+    return all(job.id != found[1] for job in ledger.jobs)

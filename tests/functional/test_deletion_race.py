@@ -82,17 +82,19 @@ class Queued:
 
     def __init__(self, world: World, disk: str) -> None:
         self.world, self.disk = world, disk
-        engine = world.engine()
+        settings = world.settings()
+        who = {"host": "functional", "life": "life-1", "cloud": "deletions"}
+        engine = world.engine_with(settings, connect=lambda: world.connect(settings), **who)
         self.image_id = world.new_record(disk)
         world.register(engine, world.tenant, self.image_id, world.clone(engine, disk, self.image_id))
         self._later_seconds = 0.0
-        self.cluster = Instants(world.connect(world.settings()))
+        self.cluster = Instants(world.connect(settings))
         images = registration.Images(lambda: world.service, TIMEOUT_SECONDS)
         by = means.of(means.WORKER, self.cluster)
         self._worker = Worker(
             self.cluster,
             world.vms,
-            world.owner()(self.cluster.address()),
+            world.owner(**who)(self.cluster.address()),
             [Flattening(self.cluster, images, by, self._now)],
             limit=4,
             lease_seconds=2.0 * TIMEOUT_SECONDS,

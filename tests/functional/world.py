@@ -10,7 +10,7 @@ import json
 import os
 import random
 import uuid
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import rados
 import rbd
@@ -117,14 +117,19 @@ class World:
         settings = self.settings(clone_format)
         return self.engine_with(settings, host=host, life=life, connect=lambda: self.connect(settings))
 
-    def engine_with(self, settings: conf.Settings, *, host: str, life: str, **more: Any) -> Engine:
+    def engine_with(
+        self, settings: conf.Settings, *, host: str, life: str, cloud: Optional[str] = None, **more: Any
+    ) -> Engine:
         """An engine with such *settings*."""
         images = registration.Images(lambda: self.service, TIMEOUT_SECONDS)
-        return Engine(settings, self.owner(host, life), images=images, **more)
+        return Engine(settings, self.owner(host, life, cloud), images=images, **more)
 
-    def owner(self, host: str = "functional", life: str = "life-1") -> Callable[[str], Owner]:
-        """Who owns the jobs of a client, given its address."""
-        return functools.partial(Owner, host, "machine", life, cloud=conf.cloud(self.conf))
+    def owner(self, host: str, life: str, cloud: Optional[str] = None) -> Callable[[str], Owner]:
+        """Who owns the jobs of a client, given its address.
+
+        :param cloud: the lab's nova-compute, where nothing is said, which may do the jobs, too.
+        """
+        return functools.partial(Owner, host, "machine", life, cloud=conf.cloud(self.conf) if cloud is None else cloud)
 
     def clone(self, engine: Engine, disk: str, image_id: str) -> str:
         """The clone, ready to be registered; returns its location."""

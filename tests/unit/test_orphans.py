@@ -8,19 +8,21 @@ from typing import Callable
 import pytest
 
 from nova_rbd_snap import errors
+from nova_rbd_snap.flatten.queue import queue_image, shared
 from nova_rbd_snap.janitor.findings import KEEP, TRASH
-from nova_rbd_snap.ledger.job import BACKGROUND, NEVER
+from nova_rbd_snap.ledger.job import NEVER, Owner
+from nova_rbd_snap.ledger.store import Ledger
 from nova_rbd_snap.specs import GLANCE_SNAP
 from tests.fakes.engine import DEST, DISK, clone, freeze, make_engine
 from tests.fakes.sweep import World
 
 
-@pytest.fixture(params=[NEVER, BACKGROUND])
-def world(request: pytest.FixtureRequest) -> World:
+@pytest.fixture
+def world() -> World:
     """A server that stock Nova has deleted, with an image that is not flat."""
     world = World()
     world.cluster.write(DISK, 0, b"data")
-    engine = make_engine(world.cluster, flatten=request.param)
+    engine = make_engine(world.cluster, flatten=NEVER)
     clone(engine)
     engine.finish(DEST.name)
     world.glance.known.add(DEST.name)
@@ -65,6 +67,13 @@ def job_needs_it(world: World) -> None:
     freeze(make_engine(world.cluster))
 
 
+def flatten_needs_it(world: World) -> None:
+    found = shared(world.cluster, DEST)
+    assert found is not None
+    owner = Owner("compute-1", "machine-1", "life-1", world.cluster.address())
+    queue_image(found, Ledger(world.cluster, DISK.pool), owner, 0.0)
+
+
 @pytest.mark.parametrize(
     "reason",
     [
@@ -74,6 +83,7 @@ def job_needs_it(world: World) -> None:
         image_is_another_clouds,
         operator_has_a_snapshot,
         job_needs_it,
+        flatten_needs_it,
     ],
 )
 def test_disk_that_stays(world: World, reason: Callable[[World], None]) -> None:
