@@ -66,7 +66,7 @@ def _remove(
     disk: ImageSpec, run: Run, discard: Discard, at_work: Container[str], kept: Container[str]
 ) -> Iterator[str]:
     run.report(f"remove {disk.name}", 0, 0)
-    snaps = [snap for snap in _snaps(disk, run) if snap.name not in kept]
+    snaps = [snap for snap in _snaps(disk, run) if snap.trashed or snap.name not in kept]
     holders = [text for snap in snaps for text in _free(disk, snap, run, at_work)]
     if holders:
         yield f"{disk} stays until these are removed: {', '.join(holders)}"

@@ -127,12 +127,9 @@ class Chains(RuleBasedStateMachine):
         return time.time() + self.days * DAY
 
     def engine(self, delete: str = "now") -> Engine:
-        return self.next_engine(bounds=Bounds(2, DEPTH_HARD, 2, 4), delete=delete)
-
-    def next_engine(self, **more: Any) -> Engine:
-        """After all before it have ended."""
+        """A new one, after all before it have ended."""
         return Engine(
-            make_settings(pool=self.world.vms, **more),
+            make_settings(pool=self.world.vms, bounds=Bounds(2, DEPTH_HARD, 2, 4), delete=delete),
             functools.partial(Owner, "compute-1", "machine-1", str(uuid.uuid4())),
             connect=self.world.connect,
             images=self.records,
@@ -206,12 +203,12 @@ class Chains(RuleBasedStateMachine):
         try:
             engine.perform(image.name, None, report)
         except Killed:
-            self.next_engine().reclaim()
+            self.engine().reclaim()
             assert not self.cluster.exists(image)
             return multiple()
         self.records.live.add(image.name)
         if kill == "ready":  # the engine has not heard of it
-            self.next_engine().reclaim()
+            self.engine().reclaim()
         else:
             engine.finish(image.name)
         self.content[image] = dict(self.content[server])
@@ -235,24 +232,18 @@ class Chains(RuleBasedStateMachine):
             return
         self.records.live.discard(image.name)
         self.end_downloads(lambda download: download.image == image)
-        if amid:  # while a worker has it open: the record is gone, and the worker finishes what Glance could not
-            self.unseal(image)
-            return
-        self.remove_image(image)
+        jobs = Ledger(self.cluster, self.world.vms).read().jobs
+        if amid and image.name in {job.id for job in jobs if job.flat_at is None}:
+            self.unseal(image)  # a worker has it open: the record is gone, and it finishes what Glance could not
+        else:
+            self.remove_image(image)
 
     def unseal(self, image: ImageSpec) -> None:
         self.glance.unprotect_snap(image.snap(GLANCE_SNAP))
         self.glance.remove_snap(image.snap(GLANCE_SNAP))
-        jobs = Ledger(self.cluster, self.world.vms).read().jobs
-        if image.name not in {job.id for job in jobs if job.flat_at is None}:
-            self.finish_removal(image)
 
     def remove_image(self, image: ImageSpec) -> None:
-        self.glance.unprotect_snap(image.snap(GLANCE_SNAP))
-        self.glance.remove_snap(image.snap(GLANCE_SNAP))
-        self.finish_removal(image)
-
-    def finish_removal(self, image: ImageSpec) -> None:
+        self.unseal(image)
         try:
             self.glance.remove(image)
         except errors.HasSnapshots:
