@@ -150,6 +150,14 @@ class LibrbdCluster:
         ioctx = stack.enter_context(self._pool(image.pool))
         return stack.enter_context(rbd.Image(ioctx, image.name, read_only=read_only))
 
+    @contextlib.contextmanager
+    def _image_by_id(self, pool: str, image_id: str, doing: str, *, read_only: bool = False) -> Iterator[Any]:
+        """One in the trash, or whose name may be another's by now."""
+        with _translated(doing), self._pool(pool) as ioctx:
+            opened = rbd.Image(ioctx, image_id=image_id, read_only=read_only)
+            with opened:
+                yield opened
+
     @property
     def _kept(self) -> dict[ImageSpec, _Kept]:
         """The rbd images that this thread keeps open."""
@@ -232,11 +240,8 @@ class LibrbdCluster:
         while parent is not None:
             spec, image_id = parent
             found.append(spec)
-            with _translated(doing), self._pool(spec.pool) as ioctx:
-                # By id: another may have the name by now.
-                opened = rbd.Image(ioctx, image_id=image_id, read_only=True)
-                with opened:
-                    parent = self._parent_with_id(opened)
+            with self._image_by_id(spec.pool, image_id, doing, read_only=True) as opened:
+                parent = self._parent_with_id(opened)
         return found
 
     def _parent_with_id(self, opened: Any) -> Optional[tuple[ImageSpec, str]]:
@@ -449,33 +454,28 @@ class LibrbdCluster:
         return [trash.decode(_text(key), value) for key, value in found.items() if key.startswith(trash.KEY.encode())]
 
     def snaps_of_trashed(self, pool: str, image_id: str) -> list[SnapInfo]:
-        with _translated(f"list the snapshots of {image_id} in the trash of pool {pool}"), self._pool(pool) as ioctx:
-            opened = rbd.Image(ioctx, image_id=image_id, read_only=True)
-            with opened:
-                return [self._snap_info(opened, snap) for snap in opened.list_snaps()]
+        doing = f"list the snapshots of {image_id} in the trash of pool {pool}"
+        with self._image_by_id(pool, image_id, doing, read_only=True) as opened:
+            return [self._snap_info(opened, snap) for snap in opened.list_snaps()]
 
     def children_of_trashed(self, pool: str, image_id: str) -> list[ImageSpec]:
-        found = []
-        with _translated(f"list the clones of {image_id} in the trash of pool {pool}"), self._pool(pool) as ioctx:
-            opened = rbd.Image(ioctx, image_id=image_id, read_only=True)
-            with opened:
-                for snap in list(opened.list_snaps()):
-                    opened.set_snap_by_id(snap["id"])
-                    found += [ImageSpec(child["pool"], child["image"]) for child in opened.list_children2()]
+        found, doing = [], f"list the clones of {image_id} in the trash of pool {pool}"
+        with self._image_by_id(pool, image_id, doing, read_only=True) as opened:
+            for snap in list(opened.list_snaps()):
+                opened.set_snap_by_id(snap["id"])
+                found += [ImageSpec(child["pool"], child["image"]) for child in opened.list_children2()]
         return found
 
     def remove_snap_of_trashed(self, pool: str, image_id: str, name: str) -> None:
         snap = f"snapshot {name} of {image_id} in the trash of pool {pool}"
-        with _translated(f"remove {snap}"), self._pool(pool) as ioctx:
-            opened = rbd.Image(ioctx, image_id=image_id)
-            with opened:
-                opened.set_snap(name)
-                if list(opened.list_children2()):
-                    raise errors.Busy(f"{snap} has clones")
-                opened.set_snap(None)
-                if opened.is_protected_snap(name):
-                    opened.unprotect_snap(name)
-                opened.remove_snap(name)
+        with self._image_by_id(pool, image_id, f"remove {snap}") as opened:
+            opened.set_snap(name)
+            if list(opened.list_children2()):
+                raise errors.Busy(f"{snap} has clones")
+            opened.set_snap(None)
+            if opened.is_protected_snap(name):
+                opened.unprotect_snap(name)
+            opened.remove_snap(name)
 
     def remove_trashed(self, pool: str, image_id: str) -> None:
         with _translated(f"remove {image_id} from the trash of pool {pool}"), self._pool(pool) as ioctx:
