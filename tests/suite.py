@@ -32,7 +32,8 @@ class Suite:
 
 def inside(cloud: str, *arguments: str, **environment: str) -> str:
     """pytest in a cloud's container."""
-    variables = "".join(f" {name}={value}" for name, value in environment.items())
+    # A binding that crashes as Python ends, after pytest, names its thread in the log, too.
+    variables = "".join(f" {name}={value}" for name, value in {"PYTHONFAULTHANDLER": "1", **environment}.items())
     # Docker's client passes no signal on: in there somebody else must end what takes too long.
     bound = f"timeout --kill-after=30 {LONGEST_SECONDS - 60}"
     return f"lab/lab exec {cloud} {bound} env{variables} {PYTEST} {' '.join(arguments)}"
