@@ -232,6 +232,12 @@ class Cluster(Protocol):
     def cancel_task(self, task_id: str) -> None:
         """Have the manager drop a task, in the middle if need be. :raises Missing: it has no such task."""
 
+    def metadata(self, image: ImageSpec, key: str) -> Optional[str]:
+        """What :meth:`set_metadata` wrote; None where that is nothing."""
+
+    def set_metadata(self, image: ImageSpec, key: str, value: str) -> None:
+        """Write a word on the rbd image itself, for who may read its pool. Implements ``rbd image-meta set``."""
+
     def drop_object_map(self, image: ImageSpec) -> None:
         """Take the map of its objects away, where it has one."""
 

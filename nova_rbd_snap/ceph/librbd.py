@@ -405,6 +405,17 @@ class LibrbdCluster:
     def strain(self) -> Optional[str]:
         return reports.strain(self._command(self._rados.mon_command, "status"))
 
+    def metadata(self, image: ImageSpec, key: str) -> Optional[str]:
+        with self._image(image, f"read {key} of {image}", read_only=True) as opened:
+            try:
+                return str(opened.metadata_get(key))
+            except KeyError:
+                return None
+
+    def set_metadata(self, image: ImageSpec, key: str, value: str) -> None:
+        with self._image(image, f"write {key} on {image}") as opened:
+            opened.metadata_set(key, value)
+
     def drop_object_map(self, image: ImageSpec) -> None:
         with self._image(image, f"take the object map of {image} away") as opened:
             if opened.features() & _MAP_FEATURES:

@@ -41,6 +41,9 @@ _READERS_SECONDS, _SKEW_SECONDS = 24 * 3600.0, 600.0
 _GONE_SECONDS = 3600.0
 #: How long Glance may take from the snapshot's removal to the image's: a removal is a proposal of the monitors.
 _DELETION_SECONDS = 10.0
+#: What is written on an rbd image before its flatten, which takes away what it was known by: its own id, for clones
+#: inherit it.
+_MARK = "nova-rbd-snap.flatten"
 #: How often a tenant may delete the image over the same flatten before that makes a pause.
 _DELETIONS = 5
 
@@ -105,11 +108,10 @@ class Flattening:
     def _flatten(self, current: Current, stopped: Callable[[], bool]) -> bool:
         """Whether the image is flat, once it is that, or gone."""
         job, dest = current.job, steps.image_of(current.job)
-        is_ours = has_map = False
+        has_map = False
         deletions = 0
         while True:
             state = self._look(job, dest)
-            is_ours |= state in (_State.SHARED, _State.UNSEALED)
             if state is _State.GONE:
                 return False
             if state is _State.FLAT and has_map:
@@ -121,11 +123,12 @@ class Flattening:
                 continue  # over the handle that this takes a deletion may have failed, too
             if state is _State.SHARED:
                 self._see_parent_stays(job, dest)
+                self._cluster.set_metadata(dest, _MARK, str(job.dest_id))
                 self._flatten_once(current, dest, stopped)
                 continue
             deletions += 1
             if not self._await_deletion(job, dest, stopped):
-                self._seal_again(job, dest, is_ours)
+                self._make_whole(job, dest)
                 if deletions == _DELETIONS:
                     raise errors.Busy(f"{dest}: somebody deletes the image over and over, and does not succeed")
 
@@ -260,11 +263,9 @@ class Flattening:
             time.sleep(_LOOK_SECONDS)
         return True
 
-    def _seal_again(self, job: Job, dest: ImageSpec, is_ours: bool) -> None:
-        """Make an image whole whose deletion did not get through, or remove it where its record is gone all the same.
+    def _make_whole(self, job: Job, dest: ImageSpec) -> None:
+        """Seal an image again whose deletion did not get through, or remove it where its record is gone all the same.
 
-        :param is_ours: it was seen to be a clone of the disk. Else the job alone says so, which anybody who may write
-            to the pool may have written.
         :raises errors.InDoubt: it is left alone.
         """
         try:
@@ -272,7 +273,7 @@ class Flattening:
         except errors.GlanceError as error:
             LOG.warning("Image %s: Glance cannot be asked about it: %s", job.image_id, error.report())
             is_used = None
-        if not (is_used or is_ours):
+        if not (is_used or self._is_ours(job, dest)):
             raise errors.InDoubt(f"{dest} has no snapshot {GLANCE_SNAP!r}, and Glance does not say that it uses it")
         if is_used is False:
             with contextlib.suppress(errors.Missing):
@@ -280,19 +281,22 @@ class Flattening:
             return
         self._means.see_ended(dest)  # a snapshot taken amid a flatten may read zeros
         # A live record, or one that cannot be asked about, must find its data.
-        self._seal(dest)
-
-    def _see_whole(self, job: Job, stopped: Callable[[], bool]) -> None:
-        """Make a flat image whole whose deletion failed over somebody else, as may be an older Glance that reads it."""
-        dest = steps.image_of(job)
-        if self._look(job, dest) is not _State.UNSEALED_FLAT or self._await_deletion(job, dest, stopped):
-            return
-        if self._images.uses(job.image_id, jobs.location(job, saga.Run(self._cluster))):
-            self._seal(dest)
-
-    def _seal(self, dest: ImageSpec) -> None:
         LOG.info("Image %s: a deletion failed, for it was open; its snapshot is made again", dest.name)
         with contextlib.suppress(errors.AlreadyThere):
             self._cluster.create_snap(dest.snap(GLANCE_SNAP))
         with contextlib.suppress(errors.Busy):
             self._cluster.protect_snap(dest.snap(GLANCE_SNAP))
+
+    def _is_ours(self, job: Job, dest: ImageSpec) -> bool:
+        """Whether the rbd image is, or was seen to be, a clone of the disk.
+
+        The job alone does not prove it, for who may write to the pool of the disks could have written that.
+        """
+        is_clone = self._look(job, dest) is _State.UNSEALED
+        return is_clone or self._cluster.metadata(dest, _MARK) == job.dest_id
+
+    def _see_whole(self, job: Job, stopped: Callable[[], bool]) -> None:
+        """As :meth:`_make_whole`, of a flat one: somebody else was in the way, as may be an older Glance that reads."""
+        dest = steps.image_of(job)
+        if self._look(job, dest) is _State.UNSEALED_FLAT and not self._await_deletion(job, dest, stopped):
+            self._make_whole(job, dest)

@@ -908,7 +908,20 @@ def test_task_that_is_cancelled(world: World, queueing: Cluster, disk: ImageSpec
     assert queueing.lookup(dest).parent is None
 
 
-# -- half-made clones --
+# -- what is on an rbd image but its data --
+
+
+def test_metadata(cluster: Cluster, snap: SnapSpec, dest: ImageSpec) -> None:
+    """It outlives a flatten, and a clone inherits it."""
+    assert cluster.metadata(snap.image, "key") is None
+    for word in ("first", "second"):
+        cluster.set_metadata(snap.image, "key", word)
+        assert cluster.metadata(snap.image, "key") == word
+    cluster.clone(snap, dest, None, object_map=False)
+    assert cluster.metadata(dest, "key") == "second"
+    cluster.set_metadata(dest, "key", "of its own")
+    cluster.flatten(dest, go_on)
+    assert [cluster.metadata(image, "key") for image in (snap.image, dest)] == ["second", "of its own"]
 
 
 def test_object_map(world: World, cluster: Cluster, dest: ImageSpec, snap: SnapSpec) -> None:
@@ -1237,6 +1250,8 @@ CHANGES: dict[str, Act] = {
     "snaps": lambda cluster, snap, dest: cluster.snaps(snap.image),
     "children": lambda cluster, snap, dest: cluster.children(snap.image, 1),
     "ask_holder": lambda cluster, snap, dest: cluster.ask_holder(snap.image),
+    "metadata": lambda cluster, snap, dest: cluster.metadata(snap.image, "key"),
+    "set_metadata": lambda cluster, snap, dest: cluster.set_metadata(snap.image, "key", "word"),
     "create_snap": lambda cluster, snap, dest: cluster.create_snap(snap.image.snap("another")),
     "protect_snap": lambda cluster, snap, dest: cluster.protect_snap(snap),
     "unprotect_snap": lambda cluster, snap, dest: cluster.unprotect_snap(snap),

@@ -72,6 +72,7 @@ class _Image:
     clone_format: int = 2
     objects: Content = field(default_factory=dict)
     snaps: list[_Snap] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
     half: Optional[str] = None
     # How many attempts to remove it find it open somewhere.
     busy: float = 0
@@ -566,6 +567,7 @@ class FakeCluster:
             clone_format=self.clone_format,
             has_map=object_map,
         )
+        self._open(dest).metadata.update(source.image.metadata)
         return self._open(dest).id
 
     @_call
@@ -645,6 +647,15 @@ class FakeCluster:
     @_call
     def strain(self) -> Optional[str]:
         return self._state.strain
+
+    @_call
+    def metadata(self, image: ImageSpec, key: str) -> Optional[str]:
+        return self._open(image).metadata.get(key)
+
+    @_call
+    def set_metadata(self, image: ImageSpec, key: str, value: str) -> None:
+        self._pool(image.pool, grows=True)
+        self._open(image).metadata[key] = value
 
     @_call
     def drop_object_map(self, image: ImageSpec) -> None:

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any, Callable, NoReturn, Optional
 
@@ -14,16 +12,11 @@ from keystoneauth1 import exceptions as ksa
 from nova_rbd_snap import errors
 from nova_rbd_snap.engine import unheard
 from nova_rbd_snap.engine.service import Engine
-from nova_rbd_snap.flatten.means import ByWorker
-from nova_rbd_snap.flatten.queue import queue_image, shared_images
-from nova_rbd_snap.flatten.task import Flattening
-from nova_rbd_snap.janitor import parents
-from nova_rbd_snap.ledger.job import INLINE, SNAP_PREFIX, Owner
-from nova_rbd_snap.ledger.store import OBJECT, Ledger
+from nova_rbd_snap.ledger.job import INLINE, SNAP_PREFIX
+from nova_rbd_snap.ledger.store import OBJECT
 from nova_rbd_snap.openstack import registration
 from nova_rbd_snap.openstack.glance import Glance
 from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, Location
-from nova_rbd_snap.workers.worker import Worker
 from tests.fakes.cluster import FakeCluster
 from tests.fakes.engine import DEST, DISK, FROZEN, SERVER, make_engine, populated
 from tests.fakes.glance import Answer, FakeImageService
@@ -131,6 +124,8 @@ class Hindered:
 class FakeWorld(world.World):
     """See :class:`tests.faults.world.World`; besides, there is a running guest."""
 
+    vms, images = DISK.pool, DEST.pool
+
     def __init__(
         self,
         guest_module: Any,
@@ -144,8 +139,7 @@ class FakeWorld(world.World):
         :param flat_disk: the server's disk is no clone of an image of Glance's.
         :param flatten: by which policy.
         """
-        super().__init__(DISK.name)
-        self._flatten = flatten
+        super().__init__(DISK.name, flatten)
         self._guest_module = guest_module
         self.cluster = populated(clone_format)
         # Not the first snapshot here: the ledger's object is there.
@@ -172,11 +166,8 @@ class FakeWorld(world.World):
         return hindered
 
     def engine(self, **options: Any) -> Engine:
-        more = {"operation_timeout": TIMEOUT_SECONDS, "flatten": self._flatten}
-        return make_engine(self.cluster, images=self._images(), **more, **options)
-
-    def _images(self) -> registration.Images:
-        return registration.Images(lambda: self._glance(self.service), TIMEOUT_SECONDS)
+        more = {"operation_timeout": TIMEOUT_SECONDS, "flatten": self.policy}
+        return make_engine(self.cluster, images=self.asked_as_service(), **more, **options)
 
     @staticmethod
     def _glance(adapter: Any) -> Glance:
@@ -233,25 +224,18 @@ class FakeWorld(world.World):
     def has_data(self) -> bool:
         return self.cluster.exists(DEST)
 
+    def was_active(self) -> bool:
+        return self.service.was_active(DEST.name)
+
+    def bystander(self) -> FakeCluster:
+        return self.cluster.another()
+
+    def asked_as_service(self) -> registration.Images:
+        return registration.Images(lambda: self._glance(self.service), TIMEOUT_SECONDS)
+
     def drain(self) -> None:
-        was_deleted = self.status() is None and self.service.was_active(DEST.name)
-        if self._flatten == INLINE or not (self.status() == "active" or was_deleted):
-            return
-        client = self.cluster.another()
-        owner = Owner("compute-9", "machine-9", "life-9", client.address())
-        for found in shared_images(client, DISK.pool, [DEST.pool]):
-            with contextlib.suppress(errors.LedgerConflict):
-                queue_image(found, Ledger(client, DISK.pool), owner, 0.0)
-        # Long after, so that nobody reads the image from before it was flat.
-        moments = itertools.count(10**10, 10**6)
-        flattening = Flattening(client, self._images(), ByWorker(client), lambda: float(next(moments)))
-        more = {"limit": 4, "lease_seconds": 60.0, "clock": lambda: float(next(moments))}
-        worker = Worker(client, DISK.pool, owner, [flattening], **more)
         with self.cluster.with_room():
-            for _ in range(3):
-                worker.work(lambda: False)
-            if was_deleted:
-                list(parents.clear(client, DISK.pool, [DEST.pool], self._images(), float(10**10)))
+            super().drain()
 
     def assert_whole(self) -> None:
         portrait = self.cluster.picture()[DEST.pool]["images"][DEST.name]

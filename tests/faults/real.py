@@ -13,7 +13,7 @@ from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.librbd import LibrbdCluster
 from nova_rbd_snap.engine import unheard
 from nova_rbd_snap.engine.service import Engine
-from nova_rbd_snap.ledger.job import SNAP_PREFIX, copy_id
+from nova_rbd_snap.ledger.job import INLINE, SNAP_PREFIX, copy_id
 from nova_rbd_snap.openstack import registration
 from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, Location
 from tests import daemons
@@ -44,12 +44,18 @@ def _every(request: HttpRequest) -> bool:
 class RealWorld(world.World):
     """See :class:`tests.faults.world.World`."""
 
+    cloud = "faults"  # for the workers of the lab's nova-compute are not to do its jobs
+
     def __init__(self, servers: World, cell: Cell) -> None:
         self._servers, self._kind = servers, cell.cause.kind
+        self.vms, self.images = servers.vms, servers.images
+        policy = cell.variant.get("flatten", INLINE)
         self.disk = servers.new_disk(_DISK_BYTES)
         self.image_id = servers.new_record(self.disk)
         self._settings = servers.settings(
-            cell.variant.get("clone_format", 2), _SHORT_SECONDS if cell.cause.kind == "frozen" else TIMEOUT_SECONDS
+            cell.variant.get("clone_format", 2),
+            _SHORT_SECONDS if cell.cause.kind == "frozen" else TIMEOUT_SECONDS,
+            policy,
         )
         # A task is waited for ten times as long as an answer.
         self._timeout_seconds = 1 if cell.cause.kind == "never_active" else HURRIED_SECONDS
@@ -58,7 +64,8 @@ class RealWorld(world.World):
         self._theirs = f"theirs-{self.image_id}"
         self._content = servers.content(servers.vms, self.disk)
         self._known = self._objects()
-        super().__init__(self.disk)
+        self._was_active = False
+        super().__init__(self.disk, policy)
 
     def remove(self) -> None:
         """Remove all that is left, also where the cell failed."""
@@ -80,7 +87,7 @@ class RealWorld(world.World):
         return self._servers.connect(self._settings)
 
     def engine(self, **options: Any) -> Engine:
-        return self._servers.engine_with(self._settings, host="faults", **options)
+        return self._servers.engine_with(self._settings, host="faults", cloud=self.cloud, **options)
 
     def request(self) -> Request:
         glance = self._servers.through_proxy()
@@ -108,6 +115,7 @@ class RealWorld(world.World):
 
     def delete_record(self) -> None:
         if self.deletes_records:
+            self._was_active |= self.status() == "active"
             self._servers.delete_image(self.image_id)
 
     # -- what became of it ---------------------------------------------------------------------------------------------
@@ -142,8 +150,14 @@ class RealWorld(world.World):
     def has_data(self) -> bool:
         return self._servers.cluster.exists(self._image)
 
-    def drain(self) -> None:
-        """All is flat at once here."""
+    def was_active(self) -> bool:
+        return self._was_active
+
+    def bystander(self) -> LibrbdCluster:
+        return self.connect()
+
+    def asked_as_service(self) -> registration.Images:
+        return self._servers.asked_as_service()
 
     def assert_whole(self) -> None:
         (snap,) = self._servers.cluster.snaps(self._image)

@@ -98,6 +98,14 @@ for _status in (401, 404, 500):
 _ONLY_FORMAT_1 = ("protect_snap", "unprotect_snap")
 _REAL_FORMAT_1 = ("loses_the_answer Unreachable", "engine_killed after", "both_killed after")
 
+#: By the other policies of flattening, where those are not the same.
+_SHARED_STEPS = ("clone", "release", "seal", *GLANCE, "forget")
+_REAL_SHARED = (
+    "loses_the_answer Unreachable", "engine_killed after", "engine_killed meanwhile", "both_killed after",
+    "compute_killed meanwhile", "blocklisted", "clone_open", "record_deleted", "answers 500", "is_silent reset",
+    "loses_the_reply reset", "task_fails", "never_active",
+)  # fmt: skip
+
 #: Whose cells stop or hinder the servers for everybody.
 _DISTURBING = ("full", "full_cluster", "frozen", "killed")
 
@@ -135,14 +143,20 @@ def real_cells() -> list[Cell]:
     places = (place for place in trace_of(flat_disk=True) if place.step not in GUEST)
     found = [cell for cell in cells(places) if _is_in(cell, _REAL)]
     places = (place for place in trace_of(clone_format=1, flat_disk=True) if place.call in _ONLY_FORMAT_1)
-    return found + [cell for cell in cells(places, clone_format=1) if str(cell.cause) in _REAL_FORMAT_1]
+    found += [cell for cell in cells(places, clone_format=1) if str(cell.cause) in _REAL_FORMAT_1]
+    for policy in (BACKGROUND, NEVER):
+        shared = (place for place in trace_of(flatten=policy, flat_disk=True) if place.step in _SHARED_STEPS)
+        more = cells(shared, flatten=policy)
+        found += [cell for cell in more if str(cell.cause) in _REAL_SHARED and _is_in(cell, _REAL)]
+    return found
 
 
 def missed() -> set[str]:
     """What is selected by name, and is none of the cells that are tried on real servers."""
     found = {(str(cell.cause), place) for cell in real_cells() for place in ("*", str(cell.place))}
     named = {(cause, place) for table in (_REAL, _QUICK) for cause, places in table.items() for place in places.split()}
-    return {" at ".join(pair) for pair in {*named, *((cause, "*") for cause in _REAL_FORMAT_1)} - found}
+    named |= {(cause, "*") for cause in (*_REAL_FORMAT_1, *_REAL_SHARED)}
+    return {" at ".join(pair) for pair in named - found}
 
 
 def is_disturbing(cell: Cell) -> bool:
@@ -152,7 +166,7 @@ def is_disturbing(cell: Cell) -> bool:
 
 def is_quick(cell: Cell) -> bool:
     """Whether it is in the slice for every day."""
-    return _is_in(cell, _QUICK)
+    return _is_in(cell, _QUICK) and cell.variant.get("flatten") != NEVER  # as BACKGROUND, but for its end
 
 
 def both_ends(cells: list[Cell]) -> list[tuple[Cell, bool]]:

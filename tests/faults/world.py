@@ -4,9 +4,20 @@
 from __future__ import annotations
 
 import abc
+import contextlib
+import itertools
 from typing import Any, Callable, NoReturn, Optional
 
+from nova_rbd_snap import errors
 from nova_rbd_snap.engine.service import Engine
+from nova_rbd_snap.flatten.means import ByWorker
+from nova_rbd_snap.flatten.queue import queue_image, shared_images
+from nova_rbd_snap.flatten.task import Flattening
+from nova_rbd_snap.janitor import parents
+from nova_rbd_snap.ledger.job import INLINE, Owner
+from nova_rbd_snap.ledger.store import Ledger
+from nova_rbd_snap.openstack.registration import Images
+from nova_rbd_snap.workers.worker import Worker
 from tests.faults.guest import FakeGuest
 from tests.faults.matrix import Cell
 from tests.faults.request import NovaCompute, Request
@@ -21,13 +32,19 @@ class World(abc.ABC):
     :ivar deletes_records: whether Nova's manager can delete the record of a request that failed.
     :ivar suspensions: how often a guest was suspended for a copy, or would have been.
     :ivar guest: who runs on the disk, if anybody does.
+    :ivar cloud: whose jobs the engine's are.
     """
 
+    vms = images = cloud = ""
     deletes_records = True
     suspensions = 0
     guest: Optional[FakeGuest] = None
 
-    def __init__(self, disk: str) -> None:
+    def __init__(self, disk: str, policy: str) -> None:
+        """
+        :param policy: of flattening.
+        """
+        self.policy = policy
         self.saboteur = Saboteur(disk)
         self.compute = NovaCompute(self.engine, self.connect, self.saboteur, "life-1")
         #: What ends what others did, by :meth:`heal`.
@@ -70,8 +87,37 @@ class World(abc.ABC):
         """The image's data are the disk's at the instant of the snapshot, in the form Glance wants."""
 
     @abc.abstractmethod
+    def was_active(self) -> bool:
+        """Whether the image was that when its record was deleted."""
+
+    @abc.abstractmethod
+    def bystander(self) -> Any:
+        """A connection to the cluster that nothing happens to."""
+
+    @abc.abstractmethod
+    def asked_as_service(self) -> Images:
+        """Glance."""
+
     def drain(self) -> None:
-        """Have an image that is active and not flat flattened, so that it can be seen to be what it shall."""
+        """Have an image that is active and not flat flattened, so that it can be seen to be what it shall; and what is
+        left for nobody of one that was active removed, as is done once an hour."""
+        was_deleted = self.status() is None and self.was_active()
+        if self.policy == INLINE or not (self.status() == "active" or was_deleted):
+            return
+        client, images = self.bystander(), self.asked_as_service()
+        owner = Owner("compute-9", "machine-9", "life-9", client.address(), self.cloud)
+        for found in shared_images(client, self.vms, [self.images]):
+            with contextlib.suppress(errors.LedgerConflict):
+                queue_image(found, Ledger(client, self.vms), owner, 0.0)
+        # Long after, so that nobody reads the image from before it was flat.
+        moments = itertools.count(10**10, 10**6)
+        flattening = Flattening(client, images, ByWorker(client), lambda: float(next(moments)))
+        more = {"limit": 4, "lease_seconds": 60.0, "clock": lambda: float(next(moments))}
+        worker = Worker(client, self.vms, owner, [flattening], **more)
+        for _ in range(3):
+            worker.work(lambda: False)
+        if was_deleted:
+            list(parents.clear(client, self.vms, [self.images], images, float(10**10)))
 
     # -- what happens in it --------------------------------------------------------------------------------------------
 

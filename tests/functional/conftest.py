@@ -9,6 +9,7 @@ They run inside a cloud's container, with the Ceph users and pools of its nova-c
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,7 @@ import rbd
 from tests import monitor
 from tests.fakes.glance_proxy import GlanceProxy
 from tests.functional.world import World
+from tests.waiting import eventually
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,6 +33,24 @@ def world() -> Iterator[World]:
         world = World(stack)
         stack.enter_context(monitor.hurried(world.rados))
         yield world
+
+
+@pytest.fixture(scope="module")
+def readers(world: World) -> Iterator[None]:
+    """Glance may read Nova's pool, as images that are not flat need it."""
+    user = f"client.{world.vms.replace('vms', 'glance')}"
+    before = world.caps(user)
+    world.set_caps(user, {**before, "osd": f"{before['osd']}, profile rbd-read-only pool={world.vms}"})
+    _restart_glance(world)
+    yield
+    world.set_caps(user, before)
+    _restart_glance(world)
+
+
+def _restart_glance(world: World) -> None:
+    """What a client may do is settled when it connects."""
+    subprocess.run(["supervisorctl", "restart", "glance-api"], check=True, stdout=subprocess.DEVNULL)
+    eventually(world.service.answers, "Glance answers", pause=0.1)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from nova_rbd_snap import errors
 from nova_rbd_snap.flatten import means
 from nova_rbd_snap.flatten.task import Flattening
 from nova_rbd_snap.ledger.job import BACKGROUND
-from nova_rbd_snap.openstack import registration
 from nova_rbd_snap.workers.worker import Worker
 from tests.faults.recording import cell
 from tests.functional.world import MIB, TIMEOUT_SECONDS, World, delete
@@ -82,20 +80,19 @@ class Queued:
 
     def __init__(self, world: World, disk: str) -> None:
         self.world, self.disk = world, disk
-        settings = world.settings()
+        settings = world.settings(policy=BACKGROUND)
         who = {"host": "functional", "life": "life-1", "cloud": "deletions"}
         engine = world.engine_with(settings, connect=lambda: world.connect(settings), **who)
         self.image_id = world.new_record(disk)
         world.register(engine, world.tenant, self.image_id, world.clone(engine, disk, self.image_id))
         self._later_seconds = 0.0
         self.cluster = Instants(world.connect(settings))
-        images = registration.Images(lambda: world.service, TIMEOUT_SECONDS)
         by = means.of(means.WORKER, self.cluster)
         self._worker = Worker(
             self.cluster,
             world.vms,
             world.owner(**who)(self.cluster.address()),
-            [Flattening(self.cluster, images, by, self._now)],
+            [Flattening(self.cluster, world.asked_as_service(), by, self._now)],
             limit=4,
             lease_seconds=2.0 * TIMEOUT_SECONDS,
             clock=self._now,
@@ -126,26 +123,6 @@ class Queued:
             assert image.is_protected_snap("snap")
 
 
-@pytest.fixture(scope="module")
-def background(world: World) -> Iterator[None]:
-    """The policy, and Glance may read Nova's pool, as that needs it."""
-    user = f"client.{world.vms.replace('vms', 'glance')}"
-    before = world.caps(user)
-    world.set_caps(user, {**before, "osd": f"{before['osd']}, profile rbd-read-only pool={world.vms}"})
-    world.conf.set_override("flatten", BACKGROUND, group="rbd_snap")
-    _restart_glance(world)
-    yield
-    world.conf.clear_override("flatten", group="rbd_snap")
-    world.set_caps(user, before)
-    _restart_glance(world)
-
-
-def _restart_glance(world: World) -> None:
-    """What a client may do is settled when it connects."""
-    subprocess.run(["supervisorctl", "restart", "glance-api"], check=True, stdout=subprocess.DEVNULL)
-    eventually(world.service.answers, "Glance answers", pause=0.1)
-
-
 @contextlib.contextmanager
 def queued(world: World) -> Iterator[Queued]:
     disk = world.new_disk(DISK_BYTES)
@@ -158,7 +135,7 @@ def queued(world: World) -> Iterator[Queued]:
 
 
 @pytest.fixture(scope="module")
-def instants(world: World, background: None) -> int:
+def instants(world: World, readers: None) -> int:
     """How many there are in a flatten that nothing disturbs."""
     with queued(world) as undisturbed:
         undisturbed.await_hash()
@@ -204,7 +181,7 @@ def test_deleted_amid_its_flatten(world: World, instants: int, instant: int) -> 
         assert world.picture() == {**before, f"{world.vms}/{found.disk}": []}
 
 
-def test_deleted_while_glance_hashes(world: World, background: None) -> None:
+def test_deleted_while_glance_hashes(world: World, readers: None) -> None:
     """An old Glance refuses that, with the snapshot already gone; and may delete the record when it cannot read on."""
     before = world.picture()
     with queued(world) as found:

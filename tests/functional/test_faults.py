@@ -29,7 +29,9 @@ def parameters() -> Iterator[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("cell", "arrives"), list(parameters()))
-def test_cell(world: World, cell: Cell, arrives: bool) -> None:
+def test_cell(world: World, cell: Cell, arrives: bool, request: pytest.FixtureRequest) -> None:
+    if "flatten" in cell.variant:
+        request.getfixturevalue("readers")
     name = f"real {cell}{', arrives' if arrives else ''}"
     with recording.cell(name, real=True, kill=cell.cause.kills) as found:
         place = RealWorld(world, cell)

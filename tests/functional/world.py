@@ -21,7 +21,7 @@ from nova_rbd_snap import conf, errors
 from nova_rbd_snap.ceph.librbd import LibrbdCluster
 from nova_rbd_snap.engine import unheard
 from nova_rbd_snap.engine.service import Engine
-from nova_rbd_snap.ledger.job import Owner
+from nova_rbd_snap.ledger.job import INLINE, Owner
 from nova_rbd_snap.ledger.store import OBJECT
 from nova_rbd_snap.openstack import clone, keystone, registration
 from nova_rbd_snap.openstack.glance import Glance
@@ -93,8 +93,11 @@ class World:
 
     # -- what a test works on ------------------------------------------------------------------------------------
 
-    def settings(self, clone_format: int = 2, timeout_seconds: int = TIMEOUT_SECONDS) -> conf.Settings:
+    def settings(
+        self, clone_format: int = 2, timeout_seconds: int = TIMEOUT_SECONDS, policy: str = INLINE
+    ) -> conf.Settings:
         """nova-compute's."""
+        self.conf.set_override("flatten", policy, group="rbd_snap")
         self.conf.set_override("clone_format", clone_format, group="rbd_snap")
         self.conf.set_override("operation_timeout", timeout_seconds, group="rbd_snap")
         return conf.Settings.read(self.conf)
@@ -121,8 +124,11 @@ class World:
         self, settings: conf.Settings, *, host: str, life: str, cloud: Optional[str] = None, **more: Any
     ) -> Engine:
         """An engine with such *settings*."""
-        images = registration.Images(lambda: self.service, TIMEOUT_SECONDS)
-        return Engine(settings, self.owner(host, life, cloud), images=images, **more)
+        return Engine(settings, self.owner(host, life, cloud), images=self.asked_as_service(), **more)
+
+    def asked_as_service(self) -> registration.Images:
+        """Glance, as engines and workers ask it."""
+        return registration.Images(lambda: self.service, TIMEOUT_SECONDS)
 
     def owner(self, host: str, life: str, cloud: Optional[str] = None) -> Callable[[str], Owner]:
         """Who owns the jobs of a client, given its address.

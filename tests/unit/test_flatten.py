@@ -370,14 +370,14 @@ def test_limit_of_the_cloud() -> None:
     assert_flat(cluster, images[1])
 
 
-def killed_amid(cluster: FakeCluster, host: str = "dead host") -> Worker:
-    """A worker that is killed while it flattens, with its lease."""
-    dead = make_worker(cluster, host)
+def killed_amid(cluster: FakeCluster, *, applied: bool = False) -> Worker:
+    """A worker that is killed while it flattens, with its lease, or right after."""
+    dead = make_worker(cluster, "dead host")
 
     def die(*args: object) -> None:
         raise Killed
 
-    cluster.do_on("flatten", die)
+    cluster.do_on("flatten", die, applied=applied)
     # Nothing of a process that is killed gives the lease back.
     cluster.do_on("end_lease", die)
     with pytest.raises(Killed):
@@ -584,20 +584,38 @@ def test_deletion_that_fails_over_the_flatten(when: str, uses_it: Optional[bool]
 @pytest.mark.parametrize("uses_it", [True, False])
 def test_deletion_that_fails_over_somebody_else(uses_it: bool) -> None:
     """Of a flat image, as long as its job waits for readers: it is made whole, if Glance's record lives. If not it
-    stays for the operator: nothing but the job says that it was ours."""
+    goes, and what was kept for it."""
     cluster, clock = populated(), Clock()
+    before = cluster.picture()
     queued(cluster)
     worker = make_worker(cluster, images=FakeImages(uses_it=uses_it), clock=clock)
     assert worker.work(going_on)
     unseal(cluster)
     clock.now = jobs(cluster)[0].not_before
     assert worker.work(going_on)
-    assert [snap.name for snap in cluster.snaps(DEST)] == [GLANCE_SNAP] * uses_it
+    if not uses_it:
+        assert cluster.picture() == before
+        return
+    assert [snap.name for snap in cluster.snaps(DEST)] == [GLANCE_SNAP]
     clock.now += DAY
     assert worker.work(going_on)
-    assert jobs(cluster) == []
-    assert cluster.exists(DEST)
-    assert cluster.snaps(DISK) == []
+    assert_flat(cluster)
+
+
+@pytest.mark.parametrize("uses_it", [True, False])
+def test_deletion_that_fails_over_a_worker_that_died(uses_it: bool) -> None:
+    """After the flatten, and before it had said so: what is flat, and without its snapshot, is known by its mark."""
+    cluster = populated()
+    before = cluster.picture()
+    queued(cluster)
+    killed_amid(cluster, applied=True)
+    unseal(cluster)
+    cluster.let_pass(LEASE_SECONDS)
+    assert make_worker(cluster, images=FakeImages(uses_it=uses_it)).work(going_on)
+    if uses_it:
+        assert_flat(cluster)
+    else:
+        assert cluster.picture() == before
 
 
 @pytest.mark.parametrize("uses_it", [True, False])
