@@ -24,6 +24,8 @@ ENGINES = ("connect", "reserve", "snap", "protect", "clone", "flatten", "seal", 
 NOVAS = ("register", "location", "wait", "finish", "end")
 #: And one in the middle of a step.
 AMID_FLATTEN = "amid flatten"
+#: The engine's, too, of an image that is in use: before it flattens it, and when that is done, but not noted.
+WORKERS = ("background flatten", "flat")
 
 SHIM = '''
 import sys
@@ -92,6 +94,7 @@ def in_engine() -> None:
     """Be the engine."""
     from nova_rbd_snap.engine import __main__ as main
     from nova_rbd_snap.engine import service
+    from nova_rbd_snap.flatten import means
     from nova_rbd_snap.snapshot import saga
 
     perform = saga.perform
@@ -101,7 +104,15 @@ def in_engine() -> None:
         hold("ready")
         return done
 
+    copy = means.ByWorker.flatten
+
+    def held_copy(*args: Any) -> None:
+        hold(WORKERS[0])
+        copy(*args)
+        hold(WORKERS[1])
+
     saga.perform = held
+    means.ByWorker.flatten = held_copy
     service.Engine.describe = before(service.Engine.describe, at("connect"))
     service.Engine.reserve_clone = before(service.Engine.reserve_clone, at("reserve"))
     main.main()

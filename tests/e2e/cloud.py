@@ -353,8 +353,12 @@ class Cloud:
 
     def configure_glance(self, *options: Options) -> None:
         if self._write(GLANCE_CONF, merged(QUICK_GLANCE, *options)):
-            run("supervisorctl", "restart", "glance-api")
-            self.wait_for_glance()
+            self.restart_glance()
+
+    def restart_glance(self) -> None:
+        """What its Ceph user may do is settled when it connects, too."""
+        run("supervisorctl", "restart", "glance-api")
+        self.wait_for_glance()
 
     def wait_for_glance(self) -> None:
         def answers() -> bool:

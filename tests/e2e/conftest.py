@@ -18,7 +18,7 @@ import pytest
 pytest.register_assert_rewrite("cloud")  # before it is imported, or its assertions do not show what they compared
 
 from breakpoints import REACHED, SHIM, WANTED  # noqa: E402
-from cloud import GLANCE_CONF, NOVA_CONF, PROXY_PORT, Cloud, Log, Options, eventually, run  # noqa: E402
+from cloud import GLANCE_CONF, NOVA_CONF, PROXY_PORT, Cloud, Log, Options, eventually  # noqa: E402
 
 from tests import monitor  # noqa: E402
 from tests.fakes.glance_proxy import GlanceProxy  # noqa: E402
@@ -64,8 +64,7 @@ def whole_cloud(glance_proxy: GlanceProxy) -> Iterator[Cloud]:
         for_all.close()
     if GLANCE_CONF.exists():
         GLANCE_CONF.unlink()
-        run("supervisorctl", "restart", "glance-api")
-        cloud.wait_for_glance()
+        cloud.restart_glance()
     if configured is None:
         NOVA_CONF.unlink(missing_ok=True)
     elif NOVA_CONF.read_text() != configured:
@@ -96,6 +95,17 @@ def cloud(whole_cloud: Cloud) -> Iterator[Cloud]:
 def server(cloud: Cloud) -> Any:
     """A running server with known data, for tests that leave it as it is."""
     return cloud.standing_server()
+
+
+@pytest.fixture
+def readers(cloud: Cloud) -> None:
+    """Glance may read Nova's pool, as 'background' and 'never' need it, until what the test made is removed."""
+    user = cloud.vms.replace("vms", "glance")
+    before = cloud.ceph.caps(user)
+    cloud.clean_up.callback(cloud.restart_glance)
+    cloud.clean_up.callback(lambda: cloud.ceph.set_caps(user, **before))
+    cloud.ceph.set_caps(user, **{**before, "osd": f"{before['osd']}, profile rbd-read-only pool={cloud.vms}"})
+    cloud.restart_glance()
 
 
 @pytest.fixture
@@ -150,9 +160,20 @@ def patience_seconds() -> int:
 
 
 @pytest.fixture
-def held_at(cloud: Cloud, holding: Options, clone_format: int, patience_seconds: int) -> Iterator[Hold]:
+def policy() -> str:
+    """The same for flattening."""
+    return "inline"
+
+
+@pytest.fixture
+def held_at(
+    cloud: Cloud, holding: Options, clone_format: int, patience_seconds: int, policy: str
+) -> Iterator[Hold]:
     """See :class:`Hold`."""
-    cloud.configure(holding, {"rbd_snap": {"operation_timeout": patience_seconds, "clone_format": clone_format}})
+    options = {"operation_timeout": patience_seconds, "clone_format": clone_format}
+    if policy != "inline":
+        options.update(flatten=policy, reclaim_interval=5)
+    cloud.configure(holding, {"rbd_snap": options})
     hold = Hold(cloud)
     yield hold
     hold.go_on()

@@ -9,26 +9,9 @@ import shlex
 from typing import Any
 
 import pytest
-from cloud import Cloud, Log, eventually, run
+from cloud import Cloud, Log, eventually
 
 FLATTEN = {policy: {"rbd_snap": {"flatten": policy}} for policy in ("background", "never")}
-
-
-@pytest.fixture
-def readers(cloud: Cloud) -> None:
-    """Glance may read Nova's pool, as 'background' and 'never' need it, until what the test made is removed."""
-    user = cloud.vms.replace("vms", "glance")
-    before = cloud.ceph.caps(user)
-    cloud.clean_up.callback(restart_glance, cloud)
-    cloud.clean_up.callback(lambda: cloud.ceph.set_caps(user, **before))
-    cloud.ceph.set_caps(user, **{**before, "osd": f"{before['osd']}, profile rbd-read-only pool={cloud.vms}"})
-    restart_glance(cloud)
-
-
-def restart_glance(cloud: Cloud) -> None:
-    """What a client may do is settled when it connects."""
-    run("supervisorctl", "restart", "glance-api")
-    cloud.wait_for_glance()
 
 
 def is_flat(cloud: Cloud, image: Any) -> bool:
@@ -159,10 +142,10 @@ def test_what_glance_can_read_is_found_out(cloud: Cloud, log: Log) -> None:
     assert words[:4] == ["ceph", "auth", "caps", f"client.{user}"]
     printed = dict(zip(words[4::2], words[5::2]))
     assert f"profile rbd-read-only pool={cloud.vms}" in printed["osd"]
-    cloud.clean_up.callback(restart_glance, cloud)
+    cloud.clean_up.callback(cloud.restart_glance)
     cloud.clean_up.callback(lambda: cloud.ceph.set_caps(user, **caps))
     cloud.ceph.set_caps(user, **printed)
-    restart_glance(cloud)
+    cloud.restart_glance()
     cloud.command("job", "reclaim", probe["ID"])
     eventually(lambda: cloud.ceph.ledger(cloud.vms) == {}, "it is found out")
     again = cloud.snapshot(cloud.boot())

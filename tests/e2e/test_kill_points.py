@@ -2,17 +2,19 @@
 """kill -9 of nova-compute, of its engine, and of both, at every boundary of a snapshot's steps.
 
 Where nova-compute lives the request ends in an image; where it does not, in one or in none, and nothing else is left.
+So it is where the image is flattened later, or never, and where the engine that flattens it is killed.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
 from typing import Any
 
 import pytest
-from breakpoints import ENGINES, NOVAS
+from breakpoints import ENGINES, NOVAS, WORKERS
 from cloud import Cloud, Log, Options, eventually
 from test_deaths import DEAD_CLIENT_SECONDS, gone
 
@@ -76,6 +78,53 @@ def test_killed(cloud: Cloud, server: Any, held_at: Any, found: recording.Cell, 
         eventually(lambda: cloud.image(image_id) is None, "the image record is deleted", DEAD_CLIENT_SECONDS)
     cloud.unchanged(before, DEAD_CLIENT_SECONDS)
     found.guest_suspensions = cloud.guests.interruptions(server.id) - interruptions
+
+
+#: By policy of flattening the boundaries from where on that counts.
+SHARED = ("seal", "ready", "location", "wait", "finish", "end")
+PLACES = {"background": (*SHARED, *WORKERS), "never": SHARED}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("readers")
+@pytest.mark.parametrize(
+    ("policy", "point"),
+    [
+        pytest.param(policy, (place, victim), id=f"{victim} at {place}, {policy}")
+        for policy, places in PLACES.items()
+        for place in places
+        for victim in ("nova-compute", "engine", "both")
+    ],
+)
+def test_killed_while_it_is_not_flat(
+    cloud: Cloud, server: Any, held_at: Any, found: recording.Cell, point: tuple[str, str]
+) -> None:
+    """As above; in the end the image is what it shall be, and once it is deleted nothing is left."""
+    (place, victim), found.kill = point, True
+    eventually(lambda: cloud.ceph.ledger(cloud.vms) == {}, "it is known that Glance can read the disks")
+    before, digest = cloud.picture(), cloud.disk_digest(server)
+    image_id = held_at(server, place)
+    interruptions = cloud.guests.interruptions(server.id)
+    killed(cloud, victim, held_at)
+    assert cloud.settled(server).status == "ACTIVE"
+    if victim == "engine" or place in (*REGISTERED, *WORKERS):
+        eventually(lambda: cloud.image(image_id).status == "active", "the image is active", 20)
+        eventually(lambda: only_waits(cloud), "a flatten is done, if there is one", DEAD_CLIENT_SECONDS)
+        assert cloud.image_digest(image_id) == digest
+        cloud.delete_image(image_id)
+    else:
+        eventually(lambda: cloud.image(image_id) is None, "the image record is deleted", DEAD_CLIENT_SECONDS)
+    cloud.ceph.let_a_day_pass(cloud.vms)
+    eventually(lambda: cloud.ceph.ledger(cloud.vms) == {}, "no job is left", DEAD_CLIENT_SECONDS)
+    cloud.command("trash", "purge")
+    cloud.unchanged(before, DEAD_CLIENT_SECONDS)
+    found.guest_suspensions = cloud.guests.interruptions(server.id) - interruptions
+
+
+def only_waits(cloud: Cloud) -> bool:
+    """Whether all that is left to do is to wait for who may read an image from before it was flat."""
+    jobs = [json.loads(text) for text in cloud.ceph.ledger(cloud.vms).values()]
+    return all("flat_at" in job and job["step"] == "queued" for job in jobs)
 
 
 @pytest.mark.slow
