@@ -100,6 +100,7 @@ class Suite(suite.Suite):
 
 
 _INSIDE = {LOG_VARIABLE: f"/src/{CELLS.relative_to(REPO)}"}
+_DELETIONS, _CHAINS = "/src/tests/functional/test_deletion_race.py", "/src/tests/contract/test_chains.py"
 _MATRIX, _E2E = "/src/tests/functional/test_faults.py", "/src/tests/e2e"
 _OTHERS = ("-m", "slow", f"--ignore={_E2E}/test_kill_points.py", f"--ignore={_E2E}/test_waits.py")
 
@@ -113,6 +114,10 @@ SUITES = [
     Suite("kill points", end_to_end("34", f"{_E2E}/test_kill_points.py", **_INSIDE)),
     Suite("other e2e", end_to_end("34", _E2E, *_OTHERS, **_INSIDE)),
     Suite("deaths", inside("34", "/src/tests/deaths", **_INSIDE)),
+    # With an old glance_store, and a new one.
+    Suite("deletions 31", inside("31", _DELETIONS, **_INSIDE)),
+    Suite("deletions 34", inside("34", _DELETIONS, **_INSIDE)),
+    Suite("chains", inside("34", _CHAINS, "-m", "real", NOVA_RBD_SNAP_REAL="1", NOVA_RBD_SNAP_CHAINS="10", **_INSIDE)),
 ]
 
 
