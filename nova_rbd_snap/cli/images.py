@@ -144,4 +144,4 @@ class Worker(Silent):
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, end)
-        engine.keep_working(*BACKGROUND_KINDS)
+        engine.upkeep.keep_working(*BACKGROUND_KINDS)

@@ -10,33 +10,30 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import random
 import threading
 import time
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Callable, Optional, TypeVar
+from typing import Any, Callable, Optional
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.ceph.interface import Cluster, ImageInfo, SnapInfo
+from nova_rbd_snap.ceph.interface import Cluster, SnapInfo
 from nova_rbd_snap.conf import Settings
-from nova_rbd_snap.engine import Report, unheard
-from nova_rbd_snap.flatten import means, readers
-from nova_rbd_snap.flatten.bounds import policy_within
+from nova_rbd_snap.engine import Report, cloning, unheard
+from nova_rbd_snap.engine.connection import Connection
+from nova_rbd_snap.engine.notices import Notices
+from nova_rbd_snap.engine.ownership import Ownership
+from nova_rbd_snap.engine.upkeep import Upkeep
+from nova_rbd_snap.flatten import readers
 from nova_rbd_snap.flatten.queue import queue_oldest
-from nova_rbd_snap.flatten.task import Flattening
-from nova_rbd_snap.janitor import disks, jobs, parents, purge
+from nova_rbd_snap.janitor import disks, jobs, purge
 from nova_rbd_snap.ledger.job import (
     AT_WORK,
-    BACKGROUND,
     BACKGROUND_KINDS,
     CLONE,
     FLATTEN,
     FREEZE,
     INLINE,
-    NEVER,
-    PROBE,
-    PURGE,
     QUEUED,
     Job,
     Owner,
@@ -44,18 +41,12 @@ from nova_rbd_snap.ledger.job import (
 from nova_rbd_snap.ledger.store import OBJECT, Ledger
 from nova_rbd_snap.snapshot import saga, steps
 from nova_rbd_snap.specs import ImageSpec
-from nova_rbd_snap.workers import worker
 
 LOG = logging.getLogger(__name__)
-T = TypeVar("T")
 
-#: A lease lasts for so many operation timeouts: one for its renewal, and as much again for what else is slow.
-_LEASE_FACTOR = 2
-#: The lease of looking for what waits for clones that are gone, and how long it keeps others from looking as well: each
-#: opens all the disks in the pool.
-_PARENTS_LEASE, _PARENTS_SECONDS = "nova_rbd_snap.parents", 3600
 #: Seconds between two looks at whether work that is waited for goes on.
 _LOOK_SECONDS = 1.0
+
 
 @dataclass
 class Work:
@@ -105,25 +96,30 @@ class Engine:
         """
         self._settings = settings
         self._owner = owner
-        self._connect = connect
-        self._connect_to_work = connect_to_work or connect
         self._images = images
-        self._scratch = scratch
         self._clock = clock
+        self._notices = Notices()
+        self._connection = Connection(connect)
+        self._ownership = Ownership(owner, settings.pool)
+        self._flattenings = cloning.Flattenings(settings, self._notices)
+        #: What is done though nobody calls for it; it begins with ``upkeep.start``.
+        self.upkeep = Upkeep(
+            settings,
+            owner,
+            self._connection,
+            connect_to_work or connect,
+            reclaim=self.reclaim,
+            images=images,
+            scratch=scratch,
+            notices=self._notices,
+            clock=clock,
+        )
         self._state = threading.Condition()
-        self._work_due = threading.Condition()
-        self._working = 0
-        self._connecting = threading.Lock()
-        self._cluster: Optional[Cluster] = None
-        #: When the last attempt to connect failed, and how.
-        self._not_connected: tuple[float, Optional[errors.SnapError]] = (0.0, None)
         self._busy: dict[str, Work] = {}
         # Jobs that nova-compute has the say about: it has asked for them, and has not said finish, rollback or leave.
         self._held = set(held)
         # With the connection they were reserved over, whose client their records name.
         self._reserved: dict[str, tuple[Job, Cluster]] = {}
-        self._fenced: set[str] = set()
-        self._told: dict[str, str] = {}
         self._stopping = False
         self._orphaned = False
 
@@ -132,7 +128,7 @@ class Engine:
     def check(self) -> list[str]:
         """What in the configuration does not fit the cluster, as sentences that name the option and the remedy."""
         settings = self._settings
-        with self._connection() as cluster:
+        with self._connection.use() as cluster:
             pools = (
                 (settings.pool, "[libvirt] images_rbd_pool"),
                 (settings.glance_pool, "[rbd_snap] glance_pool"),
@@ -160,7 +156,8 @@ class Engine:
         :returns: ``fsid``, ``pool`` and ``parent_pool`` (None for a disk without a parent).
         :raises errors.Missing: no such disk.
         """
-        fsid, info = self._ask(lambda cluster: (cluster.fsid(), cluster.lookup(ImageSpec(self._settings.pool, disk))))
+        image = ImageSpec(self._settings.pool, disk)
+        fsid, info = self._connection.ask(lambda cluster: (cluster.fsid(), cluster.lookup(image)))
         return {
             "fsid": fsid,
             "pool": self._settings.pool,
@@ -178,18 +175,18 @@ class Engine:
         :raises errors.Refused: the disk or the destination cannot be cloned; nothing was changed.
         """
         source, dest = ImageSpec(self._settings.pool, disk), ImageSpec(dest_pool, image_id)
-        with self._connection() as cluster:
+        with self._connection.use() as cluster:
             if not cluster.has_pool(dest_pool):
                 raise errors.Refused(
                     f"cluster {cluster.fsid()} has no pool {dest_pool!r}; set [rbd_snap] glance_pool to the pool of "
                     "Glance's rbd store"
                 )
             info = cluster.lookup(source)
-            _refuse_uncloneable(source, info)
+            cloning.refuse_uncloneable(source, info)
             if cluster.exists(dest):
                 raise errors.AlreadyThere(f"{dest} exists already and is left alone")
-            data_pool = self._data_pool(cluster, dest, info)
-            policy = self._policy(cluster, source, dest, info, flatten or self._settings.flatten)
+            data_pool = cloning.data_pool(cluster, self._settings, dest, info)
+            policy = self._flattenings.policy(cluster, source, dest, info, flatten or self._settings.flatten)
             job = self._job(cluster, image_id, CLONE, source, dest=dest, data_pool=data_pool, flatten=policy)
             location = jobs.location(job, saga.Run(cluster))  # asked first: once the job is reserved nothing may fail
             self._reserve(cluster, job)
@@ -202,7 +199,7 @@ class Engine:
 
         :returns: the snapshot's name.
         """
-        with self._connection() as cluster:
+        with self._connection.use() as cluster:
             job = self._job(cluster, job_id, FREEZE, ImageSpec(self._settings.pool, disk))
             self._reserve(cluster, job)
             return job.snap.name
@@ -221,9 +218,9 @@ class Engine:
             if reserved is None:
                 raise errors.LedgerConflict(f"job {job_id} was reserved by another engine, which is gone")
             job, reserved_over = reserved
-            with self._connection() as cluster, self._at_work(job_id, job.disk.name) as work:
+            with self._connection.use() as cluster, self._at_work(job_id, job.disk.name) as work:
                 if cluster is not reserved_over:
-                    job = self._take_over(job, cluster)
+                    job = self._ownership.take_over(job, cluster)
 
                 run = saga.Run(
                     cluster,
@@ -251,9 +248,9 @@ class Engine:
         :returns: False where it is flat, and Glance has something else against it.
         :raises errors.SnapError: it could not be; nova-compute still has the say.
         """
-        with self._connection() as cluster, self._at_work(image_id) as work:
+        with self._connection.use() as cluster, self._at_work(image_id) as work:
             ledger = self._ledger(cluster)
-            job = self._adopt(ledger.load(image_id), cluster)
+            job = self._ownership.adopt(ledger.load(image_id), cluster)
             if job.flatten == INLINE:
                 return False
             run = saga.Run(cluster, work.noting(report), cancelled=lambda: self._stopping)
@@ -266,7 +263,7 @@ class Engine:
 
         :raises errors.SnapError: that could not be written down.
         """
-        with self._connection() as cluster:
+        with self._connection.use() as cluster:
             ledger = self._ledger(cluster)
             job = ledger.load(image_id)
             LOG.warning(
@@ -282,13 +279,13 @@ class Engine:
 
         :raises errors.SnapError: something else is, and could not be; the record says what, and it is tried again.
         """
-        with self._leaving(image_id), self._connection() as cluster:
+        with self._leaving(image_id), self._connection.use() as cluster:
             ledger = self._ledger(cluster)
-            job = self._adopt(ledger.load(image_id), cluster)
+            job = self._ownership.adopt(ledger.load(image_id), cluster)
             jobs.finish(job, ledger, saga.Run(cluster))
             if job.flatten != INLINE:
                 self._relieve(job, cluster, ledger)
-        self._look_for_work()
+        self.upkeep.look_for_work()
 
     def _relieve(self, job: Job, cluster: Cluster, ledger: Ledger) -> None:
         """See that a disk with many snapshots gets fewer."""
@@ -330,7 +327,7 @@ class Engine:
         for job_id in busy:
             LOG.warning("Job %s does not stop; it will be undone, but its server's disk may outlive the server", job_id)
         undone, failure = set(running) - busy, None
-        for job in self._ask(lambda cluster: self._ledger(cluster).read()).jobs:
+        for job in self._connection.ask(lambda cluster: self._ledger(cluster).read()).jobs:
             if not job.disk.name.startswith(server) or job.id in busy or steps.lets_go(job):
                 continue
             try:
@@ -358,9 +355,9 @@ class Engine:
 
     def _give_up(self, job_id: str, report: Report) -> None:
         is_held = job_id in self._held
-        with self._leaving(job_id), self._connection() as cluster:
+        with self._leaving(job_id), self._connection.use() as cluster:
             ledger, run = self._ledger(cluster), saga.Run(cluster, report)
-            job = self._take_over(ledger.load(job_id), cluster)
+            job = self._ownership.take_over(ledger.load(job_id), cluster)
             if is_held:
                 jobs.undo(job, ledger, run)
             else:
@@ -371,14 +368,14 @@ class Engine:
 
         :returns: what is left of them and why, as sentences.
         """
-        with self._connection() as cluster:
+        with self._connection.use() as cluster:
             ledger, run = self._ledger(cluster), saga.Run(cluster, report)
             recorded = ledger.read().jobs
-            at_work = {job.id for job in recorded if self._is_mine(job) and not steps.lets_go(job)}
+            at_work = {job.id for job in recorded if self._ownership.is_mine(job) and not steps.lets_go(job)}
             kept = {job.snap.name for job in recorded if job.kind == FLATTEN}
             discard = functools.partial(self._discard, run, ledger, kept)
             left = disks.remove_all(self._settings.pool, server, run, discard, at_work=at_work, kept=kept)
-        self._look_for_work()
+        self.upkeep.look_for_work()
         return left
 
     def _discard(
@@ -409,17 +406,17 @@ class Engine:
         :raises errors.InDoubt: as :func:`nova_rbd_snap.janitor.jobs.conclude`, as what follows.
         :raises errors.SnapError: something could not be undone; the record says what.
         """
-        with self._at_work(job_id), self._connection() as cluster:
+        with self._at_work(job_id), self._connection.use() as cluster:
             ledger = self._ledger(cluster)
             theirs = ledger.load(job_id)
-            self._refuse_another_clouds(theirs)
+            self._ownership.refuse_another_clouds(theirs)
             if theirs.kind in BACKGROUND_KINDS:
                 if theirs.step == AT_WORK:
-                    self._cut_off(theirs, cluster)
+                    self._ownership.cut_off(theirs, cluster)
                 owner = dataclasses.replace(theirs.owner, cloud=cloud)
                 ledger.advance(theirs, owner=owner, step=QUEUED, attempts=0, not_before=0.0)
                 return "queued"
-            job = self._take_over(theirs, cluster)
+            job = self._ownership.take_over(theirs, cluster)
             try:
                 jobs.conclude(job, ledger, saga.Run(cluster), self._images)
             except BaseException:  # the operator's patience has an end, too
@@ -429,32 +426,6 @@ class Engine:
                 raise
         return "ended"
 
-    # -- what nobody calls for -----------------------------------------------------------------------------------
-
-    def start_own_work(self) -> None:
-        """Start, in the background, :meth:`keep_reclaiming`, and :meth:`keep_working` as configured."""
-        threading.Thread(target=self.keep_reclaiming, name="reclaim", daemon=True).start()
-        threading.Thread(target=self.keep_clearing, name="clear", daemon=True).start()
-        threading.Thread(target=self._work_at_once, name="purge", daemon=True).start()
-        for _ in range(self._settings.flatten_workers):
-            threading.Thread(target=self.keep_working, args=[FLATTEN], name="flatten", daemon=True).start()
-
-    def _work_at_once(self) -> None:
-        """What does not take long, and begins with the question whether Glance can read what is not flat."""
-        self._ask_readers()
-        self.keep_working(PROBE, PURGE)
-
-    def _ask_readers(self) -> None:
-        settings = self._settings
-        if settings.flatten == INLINE or settings.clone_format == 1 or not settings.glance_pool:
-            return
-        try:
-            with self._connection() as cluster, contextlib.suppress(errors.LedgerConflict):
-                owner = self._owner(cluster.address())
-                readers.queue(self._ledger(cluster), settings.pool, settings.glance_pool, owner, self._clock())
-        except errors.SnapError as error:  # then it is seen when the first image is registered
-            self._tell("whether Glance can read", f"not asked: {error.report()}")
-
     # -- what earlier work left ----------------------------------------------------------------------------------
 
     def reclaim(self) -> None:
@@ -463,18 +434,19 @@ class Engine:
         Those of others, and those in doubt, stay. Nothing is raised: what stays is told to the log, once.
         """
         try:
-            found = self._ask(lambda cluster: self._ledger(cluster).read())
+            found = self._connection.ask(lambda cluster: self._ledger(cluster).read())
         except Exception as error:
-            self._tell("the ledger", f"it cannot be read, so nothing is reclaimed: {errors.known(error).report()}")
+            text = f"it cannot be read, so nothing is reclaimed: {errors.known(error).report()}"
+            self._notices.tell("the ledger", text)
             return
-        self._told.pop("the ledger", None)
+        self._notices.withdraw("the ledger")
         for key, text in found.strange.items():
-            self._tell(f"record {key}", f"left alone: {text}")
+            self._notices.tell(f"record {key}", f"left alone: {text}")
         for job in found.jobs:
             if job.kind in BACKGROUND_KINDS:
                 self._tell_of_namesake(job)
         for job, failure in self._in_turn(_requests(found.jobs), self._reclaim):
-            self._tell(f"job {job.id}", f"stays in the ledger: {failure.report()}")
+            self._notices.tell(f"job {job.id}", f"stays in the ledger: {failure.report()}")
 
     def _in_turn(
         self, those: Iterable[Job], end: Callable[[Job, jobs.Images], Optional[errors.SnapError]]
@@ -494,146 +466,49 @@ class Engine:
             if (failure := end(job, self._images)) is not None:
                 yield job, failure
 
-    def keep_reclaiming(self) -> None:
-        """:meth:`reclaim` now and again until the engine is stopped, so that what heals is cleared away by itself."""
-        while not self._stopping:
-            self.reclaim()
-            self._pause()
-
-    def _pause(self) -> None:
-        with self._state:
-            self._state.wait_for(lambda: self._stopping, self._settings.reclaim_interval)
-
-    def keep_clearing(self) -> None:
-        """:meth:`_clear_parents` now and again until the engine is stopped."""
-        while not self._stopping:
-            self._clear_parents()
-            self._pause()
-
-    def _clear_parents(self) -> None:
-        """Remove what waits for clones that are gone; a single engine of all does, once in a while."""
-        pool = self._settings.pool
-        glance_pools = [self._settings.glance_pool] if self._settings.glance_pool else []
-        try:
-            with self._connection() as cluster, contextlib.suppress(errors.Busy):
-                cluster.take_lease(pool, _PARENTS_LEASE, _PARENTS_SECONDS)
-                for what in parents.clear(cluster, pool, glance_pools, self._images, self._clock()):
-                    if what.kept:
-                        LOG.info("What %s may be kept for in vain is not cleared away now: %s", what.what, what.kept)
-                    else:
-                        LOG.info("Removed %s: nothing depended on it any more", what.what)
-        except Exception as error:  # it is tried again
-            self._tell("what waits for clones", f"it is not cleared away now: {errors.known(error).report()}")
-        else:
-            self._told.pop("what waits for clones", None)
-
     def _reclaim(self, job: Job, images: jobs.Images) -> Optional[errors.SnapError]:
         """End the job if it is to be ended; returns why it stays although it is."""
-        if not self._is_mine(job):
+        if not self._ownership.is_mine(job):
             self._tell_of_namesake(job)
             return None
         try:
             if job.id in self._held:  # else its work would be waited for
                 return None
-            with self._at_work(job.id), self._connection() as cluster:
+            with self._at_work(job.id), self._connection.use() as cluster:
                 ledger = self._ledger(cluster)
                 job = ledger.load(job.id)
-                if self._stopping or job.id in self._held or not self._is_mine(job):
+                if self._stopping or job.id in self._held or not self._ownership.is_mine(job):
                     return None
-                jobs.conclude(self._take_over(job, cluster), ledger, saga.Run(cluster), images)
+                jobs.conclude(self._ownership.take_over(job, cluster), ledger, saga.Run(cluster), images)
         except errors.NoRecord:
             return None
         except Exception as error:  # the next job may fare better
             return errors.known(error)
-        self._told.pop(f"job {job.id}", None)
+        self._notices.withdraw(f"job {job.id}")
         LOG.info("Job %s, left by earlier work, is ended", job.id)
         return None
 
     def _tell_of_namesake(self, job: Job) -> None:
-        """A job that may well be ours, of before our configuration, or the machine's id, was changed."""
-        us, them = self._owner(job.owner.client), job.owner
-        if them.host != us.host or (them.machine != us.machine and them.cloud != us.cloud):
-            return
-        if job.kind not in BACKGROUND_KINDS or them.cloud != us.cloud:
+        if self._ownership.may_be_mine(job):
+            them = job.owner
             text = f"left alone: of machine {them.machine} of cloud {them.cloud!r}, not ours; see 'job reclaim'"
-            self._tell(f"job {job.id}", text)
-
-    def _tell(self, what: str, text: str) -> None:
-        if self._told.get(what) != text:
-            LOG.warning("%s: %s", what.capitalize(), text)
-        self._told[what] = text
-
-    # -- work that any host may do --------------------------------------------------------------------------------
-
-    def keep_working(self, *kinds: str) -> None:
-        """Do what is queued in the ledger, one job at a time, until the engine is stopped.
-
-        :param kinds: of jobs, out of ``ledger.job.BACKGROUND_KINDS``, the most urgent first.
-        """
-        # A purge cannot be stopped, and need not be: whoever takes it over goes on.
-        awaited = FLATTEN in kinds
-        with self._state:
-            self._working += awaited
-        try:
-            worker.keep_working(
-                lambda: self._is_work_due(kinds), lambda: self._worker(kinds), lambda: self._stopping, self._await_work
-            )
-        finally:
-            with self._state:
-                self._working -= awaited
-                self._state.notify_all()
-
-    def _is_work_due(self, kinds: Sequence[str]) -> bool:
-        """Whether it is worth a connection of a worker's own."""
-
-        def look(cluster: Cluster) -> bool:
-            cloud, now = self._owner(cluster.address()).cloud, self._clock()
-            due = [job for job in self._ledger(cluster).read().jobs if worker.is_due(job, kinds, cloud, now)]
-            return any(worker.is_free(job, cluster, self._settings.pool) for job in due)
-
-        return self._ask(look)
-
-    def _worker(self, kinds: Sequence[str]) -> worker.Worker:
-        cluster = self._connect_to_work()
-        by = means.of(self._settings.flatten_engine, cluster)
-        tasks: dict[str, worker.Task] = {
-            FLATTEN: Flattening(cluster, self._images, by, self._clock),
-            PURGE: purge.Purge(cluster, self._clock),
-        }
-        if self._scratch is not None:
-            tasks[PROBE] = readers.Probe(cluster, self._scratch, self._clock)
-        return worker.Worker(
-            cluster,
-            self._settings.pool,
-            self._owner(cluster.address()),
-            [tasks[kind] for kind in kinds if kind in tasks],
-            limit=self._settings.flatten_limit,
-            lease_seconds=_LEASE_FACTOR * self._settings.operation_timeout,
-            clock=self._clock,
-        )
-
-    def _await_work(self) -> None:
-        with self._work_due:
-            if not self._stopping:
-                # Not in step with all other hosts.
-                self._work_due.wait(self._settings.reclaim_interval * random.uniform(0.8, 1.2))
-
-    def _look_for_work(self) -> None:
-        with self._work_due:
-            self._work_due.notify_all()
+            self._notices.tell(f"job {job.id}", text)
 
     # -- the engine's own end ------------------------------------------------------------------------------------
 
     def stop(self, timeout_seconds: Optional[float] = None) -> None:
         """Take no more work, cancel what runs, and wait until it is undone, for so long at most."""
+        began = time.monotonic()
         with self._state:
             self._stopping = True
             for work in self._busy.values():
                 work.cancelled.set()
             self._state.notify_all()
-        self._look_for_work()
+        self.upkeep.stop()
         with self._state:
-            self._state.wait_for(lambda: not self._busy and not self._working, timeout_seconds)
+            self._state.wait_for(lambda: not self._busy, timeout_seconds)
+        left = None if timeout_seconds is None else max(0.0, began + timeout_seconds - time.monotonic())
+        self.upkeep.wait(left)
 
     def orphan(self) -> None:
         """nova-compute is gone: nobody but us looks after the image records of its requests. :meth:`settle` does."""
@@ -649,17 +524,17 @@ class Engine:
 
         Not what another engine has taken over meanwhile: there is a new nova-compute, and it knows better.
         """
-        found = self._ask(lambda cluster: self._ledger(cluster).read()).jobs
-        ours = [job for job in _requests(found) if self._is_of_this_life(job)]
+        found = self._connection.ask(lambda cluster: self._ledger(cluster).read()).jobs
+        ours = [job for job in _requests(found) if self._ownership.is_of_this_life(job)]
         for job, failure in self._in_turn(ours, self._settle):
             LOG.warning("Job %s stays in the ledger: %s", job.id, failure.report())
 
     def _settle(self, job: Job, images: jobs.Images) -> Optional[errors.SnapError]:
         """End the job; returns why it stays."""
         try:
-            with self._connection() as cluster:
+            with self._connection.use() as cluster:
                 ledger = self._ledger(cluster)
-                job = self._adopt(ledger.load(job.id), cluster)
+                job = self._ownership.adopt(ledger.load(job.id), cluster)
                 jobs.conclude(ledger.advance(job, orphaned=True), ledger, saga.Run(cluster), images)
         except errors.NoRecord:
             return None
@@ -668,46 +543,6 @@ class Engine:
         return None
 
     # -- helpers -------------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[Cluster]:
-        """The one connection, made when first needed and again once this client was cut off."""
-        asked = time.monotonic()
-        with self._connecting:
-            if self._cluster is None:
-                self._cluster = self._connected(asked)
-            cluster = self._cluster
-        try:
-            yield cluster
-        except errors.Blocklisted:
-            self._drop(cluster)
-            raise
-
-    def _connected(self, asked: float) -> Cluster:
-        """A new connection; whoever has waited for an attempt that failed makes none of their own."""
-        failed_at, failure = self._not_connected
-        if failure is not None and failed_at > asked:
-            raise type(failure)(str(failure)) from failure
-        try:
-            return self._connect()
-        except errors.SnapError as error:
-            self._not_connected = time.monotonic(), error
-            raise
-
-    def _drop(self, lost: Cluster) -> None:
-        """Use the connection *lost* no more; somebody else may have replaced it already."""
-        with self._connecting:
-            if self._cluster is lost:
-                self._cluster = None
-
-    def _ask(self, question: Callable[[Cluster], T]) -> T:
-        """The answer to a mere question; asked anew where this client was cut off since it was last used."""
-        try:
-            with self._connection() as cluster:
-                return question(cluster)
-        except errors.Blocklisted:
-            with self._connection() as cluster:
-                return question(cluster)
 
     def _ledger(self, cluster: Cluster) -> Ledger:
         return Ledger(cluster, self._settings.pool)
@@ -769,10 +604,10 @@ class Engine:
             raise error from cause.__cause__ if error is cause else cause
 
     def _rollback(self, job_id: str, report: Report = unheard) -> bool:
-        with self._connection() as cluster:
+        with self._connection.use() as cluster:
             ledger = self._ledger(cluster)
             try:
-                job = self._adopt(ledger.load(job_id), cluster)
+                job = self._ownership.adopt(ledger.load(job_id), cluster)
             except errors.NoRecord:
                 return False
             jobs.undo(job, ledger, saga.Run(cluster, report))
@@ -780,7 +615,7 @@ class Engine:
 
     def _undo_anew(self, job_id: str, error: errors.Blocklisted, lost: Cluster) -> None:
         """Undo on a new connection what could not be undone on the *lost* one."""
-        self._drop(lost)
+        self._connection.drop(lost)
         try:
             self._rollback(job_id)
         except errors.SnapError as failure:
@@ -788,96 +623,7 @@ class Engine:
         else:
             error.undo_failures = []
 
-    def _is_mine(self, job: Job) -> bool:
-        us = self._owner(job.owner.client)
-        return (job.owner.cloud, job.owner.host, job.owner.machine) == (us.cloud, us.host, us.machine)
-
-    def _refuse_another_clouds(self, job: Job) -> None:
-        ours = self._owner(job.owner.client).cloud
-        if job.owner.cloud != ours:
-            raise errors.Refused(
-                f"job {job.id} is of cloud {job.owner.cloud!r}, whose Glance alone knows its image, and this is "
-                f"{ours!r}; use that cloud's nova.conf, or --cloud if it is this one under a former address"
-            )
-
-    def _is_of_this_life(self, job: Job) -> bool:
-        return job.owner == self._owner(job.owner.client)
-
-    def _adopt(self, job: Job, cluster: Cluster) -> Job:
-        """Take over a job of an earlier engine of this nova-compute, and of no one else's."""
-        if not self._is_of_this_life(job):
-            raise errors.LedgerConflict(f"job {job.id} belongs to {job.owner.host} ({job.owner.machine})")
-        return self._take_over(job, cluster)
-
-    def _take_over(self, job: Job, cluster: Cluster) -> Job:
-        """Make the job ours: exactly the client that worked on it is cut off, then the ledger refuses its writes.
-
-        Where nothing is left in the pools nobody works on it: the ledger's refusal is enough. So it is where an undo
-        has come to its end: another may be under way, and two of them do each other no harm.
-        """
-        us = self._owner(cluster.address())
-        if job.owner == us:
-            return job
-        is_at_rest = job.step == saga.RECORD or bool(job.failures)
-        if not is_at_rest and job.owner.client not in (us.client, *self._fenced):
-            self._cut_off(job, cluster)
-        orphaned = job.orphaned or not self._is_of_this_life(job)
-        return self._ledger(cluster).advance(job, owner=us, orphaned=orphaned)
-
-    def _cut_off(self, job: Job, cluster: Cluster) -> None:
-        """Blocklist the client that works, or worked, on the job."""
-        LOG.log(
-            logging.INFO if self._is_mine(job) else logging.WARNING,
-            "Job %s of host %s is taken over: the client %s of its engine is blocklisted for a day; no guest is",
-            job.id, job.owner.host, job.owner.client,
-        )
-        cluster.fence(job.owner.client)
-        self._fenced.add(job.owner.client)
-
-    def _policy(self, cluster: Cluster, disk: ImageSpec, dest: ImageSpec, info: ImageInfo, wanted: str) -> str:
-        """When the clone is flattened; in format 1 it would keep its server from being deleted until then."""
-        if wanted == INLINE or self._settings.clone_format == 1:
-            return INLINE
-        if not readers.are_trusted(self._ledger(cluster), dest.pool):
-            return INLINE
-        if wanted == NEVER and self._is_full(cluster, disk.pool):
-            wanted = BACKGROUND
-        depth = 1 + len(cluster.ancestors(disk))
-        return policy_within(self._settings.bounds, wanted, depth, info.snap_count)
-
-    def _is_full(self, cluster: Cluster, pool: str) -> bool:
-        """Whether disks of deleted servers would be one thing too many in the pool."""
-        most = self._settings.never_max_used_percent
-        if most == 100:
-            return False
-        try:
-            used = 100 * cluster.used(pool)
-        except errors.NoPermission as error:
-            self._tell("how full the pool is", f"not known, and so taken for little: {error.report()}")
-            return False
-        if used < most:
-            self._told.pop(f"pool {pool}", None)
-            return False
-        self._tell(f"pool {pool}", f"[rbd_snap] never_max_used_percent is reached: images are flattened ({most} %)")
-        return True
-
-    def _data_pool(self, cluster: Cluster, dest: ImageSpec, disk: ImageInfo) -> Optional[str]:
-        if self._settings.glance_data_pool:
-            return self._settings.glance_data_pool
-        if disk.parent is not None and disk.parent.image.pool == dest.pool:
-            with contextlib.suppress(errors.Missing):  # Glance may have moved the base image to the trash
-                return cluster.lookup(disk.parent.image).data_pool
-        return cluster.usual_data_pool(dest.pool)
-
 
 def _requests(jobs_found: Iterable[Job]) -> Iterator[Job]:
     """The jobs that somebody asked a snapshot with; the others are their workers'."""
     return (job for job in jobs_found if job.kind not in BACKGROUND_KINDS)
-
-
-def _refuse_uncloneable(disk: ImageSpec, info: ImageInfo) -> None:
-    """:raises errors.Refused: for disks whose clones nobody has tried."""
-    if info.mirrored:
-        raise errors.Refused(f"{disk} is mirrored; snapshots by cloning are not supported for mirrored disks")
-    if info.journaling:
-        raise errors.Refused(f"{disk} has the journaling feature; snapshots by cloning are not supported with it")

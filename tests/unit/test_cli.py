@@ -508,7 +508,7 @@ def test_image_flatten(shell: Shell, words: list[str]) -> None:
     assert shell("image", "flatten", *words, "-f", "json") == 0
     assert {row["Action"] for row in shell.rows()} == {"none"}
     working = make_engine(shell.world.cluster, cloud=CLOUD)
-    flattening = in_thread(working.keep_working, FLATTEN)
+    flattening = in_thread(working.upkeep.keep_working, FLATTEN)
     eventually(lambda: not Ledger(shell.world.cluster, DISK.pool).read().jobs, "all is flat", pause=0.01)
     working.stop(30)
     flattening.result(30)

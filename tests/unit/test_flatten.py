@@ -765,7 +765,7 @@ def test_engine_flattens_what_it_made() -> None:
     """At once, and what others made at its next look; it ends when the engine does."""
     cluster = populated()
     engine = make_engine(cluster, flatten=BACKGROUND, images=FakeImages(uses_it=True))
-    working = in_thread(engine.keep_working, FLATTEN)
+    working = in_thread(engine.upkeep.keep_working, FLATTEN)
     clone(engine)
     engine.finish(DEST.name)
     eventually(lambda: not jobs(cluster), "the engine flattens its image", pause=0.01)
@@ -779,7 +779,7 @@ def test_engine_that_is_stopped_amid_a_flatten() -> None:
     cluster = populated()
     huge = endless_disk(cluster)
     engine = make_engine(cluster, flatten=BACKGROUND)
-    working = in_thread(engine.keep_working, FLATTEN)
+    working = in_thread(engine.upkeep.keep_working, FLATTEN)
     clone(engine, disk=huge.name)
     engine.finish(DEST.name)
     eventually(lambda: [job.step for job in jobs(cluster)] == [AT_WORK], "the engine flattens", pause=0.01)
@@ -1098,8 +1098,8 @@ def test_no_connection_is_made_for_what_others_do() -> None:
     dead = killed_amid(cluster)
     made: list[object] = []
     engine = make_engine(cluster, host="compute-2", reclaim_interval=0)
-    engine._connect_to_work = lambda: made.append(object()) or cluster.another()  # type: ignore[func-returns-value]
-    working = in_thread(engine.keep_working, FLATTEN)
+    engine.upkeep._connect = lambda: made.append(object()) or cluster.another()  # type: ignore[func-returns-value]
+    working = in_thread(engine.upkeep.keep_working, FLATTEN)
     seen = cluster.calls.count("take_lease")
     eventually(lambda: cluster.calls.count("take_lease") > seen + 5, "it looks", pause=0.01)
     assert made == []
@@ -1239,7 +1239,7 @@ def test_nobody_seals_while_somebody_else_flattens() -> None:
 def ask(cluster: FakeCluster) -> None:
     """Have it found out, as an engine does when it starts."""
     engine = make_engine(cluster, flatten=BACKGROUND, glance_pool=DEST.pool)
-    engine._ask_readers()
+    engine.upkeep.ask_readers()
 
 
 def test_glance_reads() -> None:
@@ -1327,7 +1327,7 @@ def test_probe_that_is_killed(call: str, applied: bool) -> None:
 def test_nothing_to_find_out(options: dict[str, Any]) -> None:
     """Without another policy, or a pool that is known."""
     cluster = populated()
-    make_engine(cluster, **{"flatten": NEVER, "glance_pool": DEST.pool, **options})._ask_readers()
+    make_engine(cluster, **{"flatten": NEVER, "glance_pool": DEST.pool, **options}).upkeep.ask_readers()
     assert jobs(cluster) == []
 
 

@@ -180,7 +180,7 @@ def test_one_engine_looks_for_all() -> None:
     first, second = images_that_are_not_flat(cluster, 2)
     engines = [make_engine(cluster, host=f"compute-{number}", reclaim_interval=0) for number in range(3)]
     delete_image(cluster, first)
-    working = [in_thread(engine.keep_clearing) for engine in engines]
+    working = [in_thread(engine.upkeep.keep_clearing) for engine in engines]
     eventually(lambda: len(cluster.snaps(DISK)) == 1, "what nobody needs is removed", pause=0.01)
     delete_image(cluster, second)
     looks = cluster.calls.count("trashed")

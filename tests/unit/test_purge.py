@@ -54,7 +54,7 @@ def test_engine_purges_what_it_trashed() -> None:
     """At once, unasked."""
     cluster = populated()
     engine = make_engine(cluster, delete="trash")
-    working = in_thread(engine.keep_working, PURGE, FLATTEN)
+    working = in_thread(engine.upkeep.keep_working, PURGE, FLATTEN)
     assert engine.remove_disks(SERVER) == []
     eventually(lambda: not cluster.trashed(DISK.pool) and not jobs(cluster), "the disk is removed", pause=0.01)
     engine.stop(BOUND_SECONDS)

@@ -345,7 +345,7 @@ def test_heals_by_itself() -> None:
     engine = next_engine(cluster, reclaim_interval=0.01)
     healed = threading.Event()
     cluster.do_on("omap_items", lambda *args: healed.set(), nth=8)
-    keeper = threading.Thread(target=engine.keep_reclaiming, daemon=True)
+    keeper = threading.Thread(target=engine.upkeep.keep_reclaiming, daemon=True)
     keeper.start()
     assert healed.wait(30)
     engine.stop()

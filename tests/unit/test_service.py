@@ -503,7 +503,7 @@ def test_cluster_that_cannot_be_reached_is_tried_once_for_all() -> None:
         raise errors.Unreachable("no monitor answers")
 
     engine = make_engine(cluster, connect=connect)
-    engine._connecting = queue = Queue()
+    engine._connection._connecting = queue = Queue()
     with ThreadPoolExecutor(callers) as pool:
         for call in [pool.submit(engine.check) for _ in range(callers)]:
             with pytest.raises(errors.Unreachable, match="no monitor answers"):
