@@ -56,6 +56,8 @@ VENV = Suite("venv", "make build/venv/ready")
 STYLE = Suite("style", "make style")
 UNIT = Suite("unit", "make test-unit")
 CONFORMANCE = Suite("conformance", "build/venv/bin/python -m pytest tests/conformance")
+#: What the fake is held to is in the unit tests.
+_CONTRACT = ("/src/tests/contract", "-m", "real")
 #: Its manager survives a flatten.
 _CEPH_16 = {"NOVA_RBD_SNAP_REAL": "1", "NOVA_RBD_SNAP_MANAGER": "1"}
 # From nothing: what an earlier run or a demo left shall not decide the outcome.
@@ -65,9 +67,9 @@ BESIDE = [
     [
         Suite("functional-31", inside("31", FUNCTIONAL, "-m", "'not disturbs and (quick or not slow)'")),
         Suite("e2e-nova-31", end_to_end("31", E2E, "-m", "core")),
-        Suite("contract", inside("31", "/src/tests/contract", NOVA_RBD_SNAP_REAL="1")),
+        Suite("contract", inside("31", *_CONTRACT, NOVA_RBD_SNAP_REAL="1")),
         Suite("deaths", inside("31", "/src/tests/deaths", NOVA_RBD_SNAP_DEATHS="12")),
-        Suite("contract-16", f"lab/lab up ceph16 && {inside('ceph16', '/src/tests/contract', **_CEPH_16)}"),
+        Suite("contract-16", f"lab/lab up ceph16 && {inside('ceph16', *_CONTRACT, **_CEPH_16)}"),
     ],
     [
         Suite("functional-34", inside("34", FUNCTIONAL, "-m", "'not disturbs and not slow'")),

@@ -15,7 +15,7 @@ from nova_rbd_snap.engine.service import Engine
 from nova_rbd_snap.flatten.bounds import Bounds
 from nova_rbd_snap.janitor.jobs import Images
 from nova_rbd_snap.ledger.job import Owner, copy_id
-from nova_rbd_snap.specs import ImageSpec
+from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec
 from tests.fakes.cluster import FakeCluster
 
 SERVER = "11111111-1111-4111-8111-111111111111"
@@ -168,6 +168,20 @@ def in_thread(call: Callable[..., Any], *args: Any) -> Future[Any]:
 def image(number: int) -> str:
     """The id of the image of that number."""
     return f"22222222-2222-4222-8222-{number:012}"
+
+
+def unseal(cluster: FakeCluster, dest: ImageSpec) -> FakeCluster:
+    """What Glance does first when an image is deleted; its connection, whose user may only read Nova's pool."""
+    glance = cluster.another()
+    glance.read_only = {DISK.pool}
+    glance.unprotect_snap(dest.snap(GLANCE_SNAP))
+    glance.remove_snap(dest.snap(GLANCE_SNAP))
+    return glance
+
+
+def delete_image(cluster: FakeCluster, dest: ImageSpec) -> None:
+    """As Glance does."""
+    unseal(cluster, dest).remove(dest)
 
 
 class UntilFlattening:

@@ -25,7 +25,7 @@ from nova_rbd_snap.ledger.job import AT_WORK, BACKGROUND, FLATTEN, INLINE, NEVER
 from nova_rbd_snap.ledger.store import OBJECT, Ledger
 from nova_rbd_snap.specs import ImageSpec
 from tests.fakes.cluster import FakeCluster
-from tests.fakes.engine import COPY, DEST, DISK, SERVER, clone, freeze, image, in_thread, make_engine
+from tests.fakes.engine import COPY, DEST, DISK, SERVER, clone, delete_image, freeze, image, in_thread, make_engine
 from tests.fakes.sweep import (
     HOUR,
     LEAKED,
@@ -543,11 +543,7 @@ def test_trash(shell: Shell) -> None:
     assert shell("trash", "list", "-f", "json") == 0
     (row,) = shell.rows()
     assert (row["Name"], row["Needed by"], row["Kept until"]) == (DISK.name, str(dest), "no image needs it")
-    glance = cluster.another()
-    glance.read_only = {DISK.pool}
-    glance.unprotect_snap(dest.snap("snap"))
-    glance.remove_snap(dest.snap("snap"))
-    glance.remove(dest)
+    delete_image(cluster, dest)
     assert shell("trash", "purge", "-f", "json") == 0
     assert [(DISK.name in row["What"], row["Action"]) for row in shell.rows()] == [(True, "removed")]
     assert cluster.trashed(DISK.pool) == []

@@ -29,11 +29,13 @@ from tests.fakes.engine import (
     FakeImages,
     Reports,
     clone,
+    delete_image,
     endless_disk,
     image,
     in_thread,
     make_engine,
     populated,
+    unseal,
 )
 from tests.waiting import eventually
 
@@ -534,12 +536,6 @@ def test_flatten_that_fails() -> None:
 # -- the tenant deletes the image meanwhile ----------------------------------------------------------------------------
 
 
-def unseal(cluster: FakeCluster) -> None:
-    """What Glance does first."""
-    cluster.unprotect_snap(DEST.snap(GLANCE_SNAP))
-    cluster.remove_snap(DEST.snap(GLANCE_SNAP))
-
-
 def test_hostile_record() -> None:
     """It makes nobody seal, or remove, what is no clone of the disk that it names."""
     cluster = populated()
@@ -563,9 +559,9 @@ around = pytest.mark.parametrize("when", ["before", "flatten", "give_object_map"
 
 def unseal_around_flatten(cluster: FakeCluster, when: str) -> None:
     if when == "before":
-        unseal(cluster)
+        unseal(cluster, DEST)
     else:
-        cluster.do_on(when, lambda *args: unseal(cluster), applied=True)
+        cluster.do_on(when, lambda *args: unseal(cluster, DEST), applied=True)
 
 
 @around
@@ -590,7 +586,7 @@ def test_deletion_that_fails_over_somebody_else(uses_it: bool) -> None:
     queued(cluster)
     worker = make_worker(cluster, images=FakeImages(uses_it=uses_it), clock=clock)
     assert worker.work(going_on)
-    unseal(cluster)
+    unseal(cluster, DEST)
     clock.now = jobs(cluster)[0].not_before
     assert worker.work(going_on)
     if not uses_it:
@@ -609,7 +605,7 @@ def test_deletion_that_fails_over_a_worker_that_died(uses_it: bool) -> None:
     before = cluster.picture()
     queued(cluster)
     killed_amid(cluster, applied=True)
-    unseal(cluster)
+    unseal(cluster, DEST)
     cluster.let_pass(LEASE_SECONDS)
     assert make_worker(cluster, images=FakeImages(uses_it=uses_it)).work(going_on)
     if uses_it:
@@ -627,7 +623,7 @@ def test_deletion_ends_the_flatten(uses_it: bool) -> None:
     clone(engine, disk=huge.name)
     engine.finish(DEST.name)
     stopped = threading.Event()
-    cluster.do_on("flatten", lambda *args: unseal(cluster))
+    cluster.do_on("flatten", lambda *args: unseal(cluster, DEST))
     working = in_thread(make_worker(cluster, images=FakeImages(uses_it=uses_it)).work, stopped.is_set)
     if uses_it:
         # It is whole again, and flattened on.
@@ -656,7 +652,7 @@ def test_image_that_is_gone() -> None:
     cluster = populated()
     before = cluster.picture()
     queued(cluster)
-    unseal(cluster)
+    unseal(cluster, DEST)
     cluster.remove(DEST)
     assert make_worker(cluster).work(going_on)
     assert cluster.picture() == before
@@ -666,7 +662,7 @@ def test_image_that_is_another_by_now() -> None:
     """It is left alone."""
     cluster = populated()
     queued(cluster)
-    unseal(cluster)
+    unseal(cluster, DEST)
     cluster.remove(DEST)
     cluster.create_disk(DEST)
     after = cluster.picture()["images"]
@@ -676,13 +672,6 @@ def test_image_that_is_another_by_now() -> None:
 
 
 # -- the server is deleted ---------------------------------------------------------------------------------------------
-
-
-def delete_image(cluster: FakeCluster, dest: ImageSpec) -> None:
-    """As Glance does."""
-    cluster.unprotect_snap(dest.snap(GLANCE_SNAP))
-    cluster.remove_snap(dest.snap(GLANCE_SNAP))
-    cluster.remove(dest)
 
 
 def work_for_days(cluster: FakeCluster) -> None:
@@ -1024,9 +1013,9 @@ def test_deletions_over_and_over() -> None:
     """Each that does not succeed leaves the image whole."""
     cluster, clock = populated(), Clock()
     queued(cluster)
-    cluster.do_on("flatten", lambda *args: unseal(cluster), applied=True)
+    cluster.do_on("flatten", lambda *args: unseal(cluster, DEST), applied=True)
     for nth in range(1, 4):
-        cluster.do_on("protect_snap", lambda *args: unseal(cluster), nth=nth, applied=True)
+        cluster.do_on("protect_snap", lambda *args: unseal(cluster, DEST), nth=nth, applied=True)
     assert make_worker(cluster, clock=clock).work(going_on)
     assert_flat(cluster)
 
@@ -1191,7 +1180,7 @@ def test_image_is_deleted_while_the_manager_flattens(uses_it: bool) -> None:
     cluster = populated()
     before = cluster.picture()
     queued(cluster)
-    cluster.do_on("flatten_task", lambda *args: unseal(cluster), nth=2)
+    cluster.do_on("flatten_task", lambda *args: unseal(cluster, DEST), nth=2)
     slowly = threading.Event()
     cluster.do_on("flatten_task", lambda *args: slowly.wait(0.1), nth=3)
     assert make_worker(cluster, by=means.MANAGER, images=FakeImages(uses_it=uses_it)).work(going_on)
@@ -1222,7 +1211,7 @@ def test_nobody_seals_while_somebody_else_flattens() -> None:
     cluster, clock = populated(), Clock()
     queued(cluster)
     cluster.queue_flatten(DEST)
-    unseal(cluster)
+    unseal(cluster, DEST)
     sealed: list[object] = []
     cluster.do_on("create_snap", lambda *args: sealed.append(cluster.flatten_task(DEST)))
     worker = make_worker(cluster, by=means.MANAGER, clock=clock)

@@ -19,11 +19,13 @@ from tests.fakes.engine import (
     SERVER,
     FakeImages,
     clone,
+    delete_image,
     freeze,
     image,
     in_thread,
     make_engine,
     populated,
+    unseal,
 )
 from tests.waiting import eventually
 
@@ -46,15 +48,6 @@ def images_that_are_not_flat(cluster: FakeCluster, count: int) -> list[ImageSpec
         clone(engine, image_id=image(number))
         engine.finish(image(number))
     return [ImageSpec(DEST.pool, image(number)) for number in range(1, count + 1)]
-
-
-def delete_image(cluster: FakeCluster, dest: ImageSpec) -> None:
-    """As Glance does, whose user may only read Nova's pool."""
-    glance = cluster.another()
-    glance.read_only = {DISK.pool}
-    glance.unprotect_snap(dest.snap(GLANCE_SNAP))
-    glance.remove_snap(dest.snap(GLANCE_SNAP))
-    glance.remove(dest)
 
 
 def test_snapshots_of_a_disk_in_use() -> None:
@@ -91,11 +84,7 @@ def test_disk_in_the_trash() -> None:
 
 def trashed_by_glance(cluster: FakeCluster, dest: ImageSpec) -> None:
     """As Glance deletes an image that a server was booted from."""
-    glance = cluster.another()
-    glance.read_only = {DISK.pool}
-    glance.unprotect_snap(dest.snap(GLANCE_SNAP))
-    glance.remove_snap(dest.snap(GLANCE_SNAP))
-    glance.trash(dest, 0)
+    unseal(cluster, dest).trash(dest, 0)
 
 
 @pytest.mark.parametrize("server_goes_first", [True, False])
@@ -132,8 +121,7 @@ def test_image_in_the_trash_that_is_kept() -> None:
     """For as long as whoever put it there wanted."""
     cluster = populated()
     (only,) = images_that_are_not_flat(cluster, 1)
-    cluster.unprotect_snap(only.snap(GLANCE_SNAP))
-    cluster.remove_snap(only.snap(GLANCE_SNAP))
+    unseal(cluster, only)
     cluster.now = NOW
     cluster.trash(only, 10)
     assert cleared(cluster, DISK.pool, POOLS, DELETED, NOW + 9) == []
