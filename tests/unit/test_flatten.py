@@ -14,6 +14,7 @@ from nova_rbd_snap.flatten.bounds import Bounds
 from nova_rbd_snap.flatten.queue import queue_image, shared, shared_images
 from nova_rbd_snap.flatten.readers import Probe
 from nova_rbd_snap.flatten.task import Flattening
+from nova_rbd_snap.janitor import parents
 from nova_rbd_snap.janitor.purge import Purge
 from nova_rbd_snap.ledger.job import AT_WORK, BACKGROUND, CLONE, FLATTEN, INLINE, NEVER, PROBE, QUEUED, Job, Owner
 from nova_rbd_snap.ledger.store import OBJECT, Ledger
@@ -674,6 +675,11 @@ def test_image_that_is_another_by_now() -> None:
 # -- the server is deleted ---------------------------------------------------------------------------------------------
 
 
+def clear(cluster: FakeCluster, now: float) -> None:
+    """As one engine of all does, once an hour."""
+    list(parents.clear(cluster, DISK.pool, [DEST.pool], FakeImages(uses_it=True), now))
+
+
 def work_for_days(cluster: FakeCluster) -> None:
     """All that waits for a while is done, too."""
     clock = Clock()
@@ -681,6 +687,7 @@ def work_for_days(cluster: FakeCluster) -> None:
         clock.now += DAY
         while make_worker(cluster, clock=clock).work(going_on):
             pass
+        clear(cluster, clock.now)
 
 
 @later
@@ -883,6 +890,7 @@ def test_server_in_the_trash_may_be_read() -> None:
         cluster.write(DISK, 1, b"later")
         assert read(reader) == FROZEN
     delete_image(cluster, second)
+    clear(cluster, clock.now)
     assert worker.work(going_on)
     assert_flat(cluster)
 
