@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A compute host loses its power amid a snapshot, and the server is evacuated to another.
+"""Servers that move to another compute host: for theirs loses its power amid a snapshot, or with images on their disk.
 
 The other host is a container with its own libvirtd, QEMU and nova-compute, in the network of the cloud's container.
 """
@@ -18,6 +18,7 @@ import pytest
 from breakpoints import AMID_FLATTEN
 from cloud import NOVA_CONF, Cloud, Log, eventually, run
 from test_deaths import DEAD_CLIENT_SECONDS
+from test_flatten import FLATTEN, is_flat, waits
 from test_qemu import qemu_of
 
 OTHER = "other-host"
@@ -141,6 +142,45 @@ def test_evacuated_amid_a_snapshot(cloud: Cloud, held_at: Any, returns: bool) ->
         assert cloud.server(server).status == "ACTIVE"
         assert other.runs(server)
         assert cloud.disk_digest(server) == digest
+
+
+@pytest.mark.slow
+def test_moves_with_images_that_need_its_disk(cloud: Cloud, log: Log, readers: None) -> None:
+    """Evacuated and migrated back a server has its disk, and the images of it stay as they were."""
+    cloud.configure(FLATTEN["never"])
+    server = cloud.boot()
+    images: dict[str, str] = {}
+
+    def snapshot() -> None:
+        digest = cloud.disk_digest(server)
+        image = cloud.snapshot(server)
+        assert not is_flat(cloud, image)
+        images[image.id] = digest
+
+    def assert_as_before() -> None:
+        for image_id, digest in images.items():
+            assert cloud.image_digest(image_id) == cloud.disk_digest(server) == digest
+
+    snapshot()
+    other = OtherHost(cloud)
+    cloud.clean_up.callback(cloud.delete_server, server)
+    with no_power(cloud, server):
+        evacuate(cloud, server)
+        assert_as_before()
+        snapshot()
+    cloud.admin.compute.migrate_server(server)
+    cloud.wait_for_status(server, "VERIFY_RESIZE")
+    cloud.admin.compute.confirm_server_resize(server)
+    cloud.wait_for_status(server, "ACTIVE")
+    assert not other.runs(server)
+    snapshot()
+    assert_as_before()
+    cloud.delete_server(server)
+    for image_id, digest in images.items():
+        assert cloud.image_digest(image_id) == digest
+        cloud.delete_image(image_id)
+    eventually(lambda: not waits(cloud, server), "the disk is not kept any more")
+    assert log.ours() == []
 
 
 def assert_nothing_left(cloud: Cloud, image_id: str) -> None:
