@@ -7,6 +7,7 @@ That takes as long as the disk is large, and whoever deletes a server need not w
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from typing import Callable
 
@@ -18,6 +19,8 @@ from nova_rbd_snap.snapshot import steps
 from nova_rbd_snap.snapshot.saga import Run
 from nova_rbd_snap.specs import ImageSpec
 from nova_rbd_snap.workers.worker import Current
+
+LOG = logging.getLogger(__name__)
 
 #: How long after its record a disk may come to be in the trash.
 _ON_ITS_WAY_SECONDS = 3600.0
@@ -53,6 +56,7 @@ def trash(disk: ImageSpec, run: Run, ledger: Ledger, owner: Owner, now: float) -
         with contextlib.suppress(errors.LedgerConflict):  # a worker has it, which will see for itself
             ledger.forget(job)
         raise
+    LOG.info("%s is in the trash of its pool, from where a worker removes it", disk)
 
 
 class Purge:

@@ -93,6 +93,18 @@ def remove_image(cloud: Cloud, name: str) -> None:
         rbd.RBD().remove(ioctx, name)
 
 
+def test_disk_is_removed_later(cloud: Cloud, log: Log) -> None:
+    """With ``delete = trash`` it goes to the trash first, whatever is on it, and soon nothing is left."""
+    cloud.configure({"rbd_snap": {"delete": "trash"}})
+    before = cloud.picture()
+    server = cloud.boot()
+    leave(cloud, server, f"nova-rbd-snap-{uuid.uuid4()}")
+    deleted(cloud, server)
+    log.has(rf"{server.id}_disk is in the trash of its pool, from where")
+    cloud.unchanged(before)
+    assert log.ours() == []
+
+
 @contextlib.contextmanager
 def open_elsewhere(cloud: Cloud, server: Any) -> Iterator[None]:
     with cloud.ceph.image(cloud.vms, f"{server.id}_disk"):
