@@ -18,7 +18,7 @@ from typing import Any, Callable, Optional
 
 from tests import suite
 from tests.faults.recording import LOG_VARIABLE, Cell
-from tests.suite import REPO, end_to_end, inside
+from tests.suite import CEPH_16, REPO, end_to_end, inside
 
 LOGS = REPO / "build" / "faults"
 CELLS = LOGS / "cells.jsonl"
@@ -101,6 +101,7 @@ class Suite(suite.Suite):
 
 _INSIDE = {LOG_VARIABLE: f"/src/{CELLS.relative_to(REPO)}"}
 _DELETIONS, _CHAINS = "/src/tests/functional/test_deletion_race.py", "/src/tests/contract/test_chains.py"
+_MANAGER = "/src/tests/contract/test_manager_race.py"
 _MATRIX, _E2E = "/src/tests/functional/test_faults.py", "/src/tests/e2e"
 _OTHERS = ("-m", "slow", f"--ignore={_E2E}/test_kill_points.py", f"--ignore={_E2E}/test_waits.py")
 
@@ -117,6 +118,8 @@ SUITES = [
     # With an old glance_store, and a new one.
     Suite("deletions 31", inside("31", _DELETIONS, **_INSIDE)),
     Suite("deletions 34", inside("34", _DELETIONS, **_INSIDE)),
+    # And of the manager's flattens, where it survives them.
+    Suite("deletions 16", f"lab/lab up ceph16 && {inside('ceph16', _MANAGER, **CEPH_16, **_INSIDE)}"),
     Suite("chains", inside("34", _CHAINS, "-m", "real", NOVA_RBD_SNAP_REAL="1", NOVA_RBD_SNAP_CHAINS="10", **_INSIDE)),
 ]
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 PYTEST = "python3 -m pytest -p no:cacheprovider --disable-warnings"
+#: For what runs in the container of Ceph 16, whose manager survives a flatten.
+CEPH_16 = {"NOVA_RBD_SNAP_REAL": "1", "NOVA_RBD_SNAP_MANAGER": "1"}
 #: A suite that hangs shall fail with its log, while there is somebody to read it.
 LONGEST_SECONDS = 40 * 60
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import re
 import time
 import uuid
@@ -17,7 +16,7 @@ import pytest
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster
 from nova_rbd_snap.specs import ImageSpec, SnapSpec
-from tests.contract.worlds import RealWorld, World
+from tests.contract.worlds import RealWorld, World, need_manager
 from tests.fakes.cluster import BLANK, HALF_MADE, NAME_ONLY, OBJECT_BYTES, UNLISTED
 from tests.waiting import eventually
 
@@ -861,15 +860,10 @@ def test_who_may_ask(world: World) -> None:
     assert 0 <= cluster.used(world.vms) < 1
 
 
-def _manager_flattens() -> bool:
-    """Whether this cluster's manager survives a flatten: that of the lab's Ceph 18 does not."""
-    return os.environ.get("NOVA_RBD_SNAP_MANAGER") == "1"
-
-
 @pytest.fixture
 def queueing(request: pytest.FixtureRequest, world: World, cluster: Cluster) -> Cluster:
-    if isinstance(world, RealWorld) and not _manager_flattens():
-        pytest.skip("this cluster's manager is not given a flatten: NOVA_RBD_SNAP_MANAGER is not 1")
+    if isinstance(world, RealWorld):
+        need_manager()
     return cluster
 
 
