@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tenant deletes an image while the Ceph manager flattens it: afterwards it is gone, or usable.
 
-As ``tests/functional/test_deletion_race.py`` has it for a worker that copies itself. Where the manager survives a flatten
-there is no Glance; its store's driver deletes.
+As ``tests/functional/test_deletion_race.py`` has it for a worker that copies itself. Where the manager survives a
+flatten there is no Glance; its store's driver deletes.
 """
 
 from __future__ import annotations
