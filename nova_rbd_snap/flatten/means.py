@@ -23,8 +23,8 @@ _STOP_SECONDS = 30.0
 class Means(Protocol):
     """A way to flatten."""
 
-    def begin(self, current: Current, image: ImageSpec) -> None:
-        """Make ready."""
+    def begin(self, current: Current, image: ImageSpec, make_ready: Callable[[], None]) -> None:
+        """Begin; *make_ready* is called first, unless somebody copies already, and would be disturbed."""
 
     def flatten(self, image: ImageSpec, on_progress: OnProgress) -> None:
         """As :meth:`Cluster.flatten`, once it was begun."""
@@ -39,8 +39,8 @@ class ByWorker:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
 
-    def begin(self, current: Current, image: ImageSpec) -> None:
-        self._cluster.drop_object_map(image)  # one that somebody gave it: see Cluster.clone, and Cluster.flatten
+    def begin(self, current: Current, image: ImageSpec, make_ready: Callable[[], None]) -> None:
+        make_ready()
 
     def flatten(self, image: ImageSpec, on_progress: OnProgress) -> None:
         self._cluster.flatten(image, on_progress)
@@ -59,10 +59,10 @@ class ByManager:
         self._cluster = cluster
         self._ours: Optional[str] = None
 
-    def begin(self, current: Current, image: ImageSpec) -> None:
+    def begin(self, current: Current, image: ImageSpec, make_ready: Callable[[], None]) -> None:
         task = self._cluster.flatten_task(image)
         if task is None:
-            self._cluster.drop_object_map(image)
+            make_ready()
             task = self._cluster.queue_flatten(image)
             current.change(task=task.id)
         self._ours = current.job.task

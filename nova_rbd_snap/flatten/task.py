@@ -84,20 +84,26 @@ class Flattening:
         self._cluster, self._images, self._means, self._clock = cluster, images, means, clock
 
     def do(self, current: Current, stopped: Callable[[], bool]) -> None:
-        if current.job.flat_at is None:
-            try:
-                self._make_way()
-                is_flat = self._flatten(current, stopped)
-            except errors.SnapError as error:
-                self._hurry(current.job, error)
-                raise
-            if not is_flat:  # what may be left of it, in a trash, keeps the snapshot itself
-                steps.remove_frozen(current.job, saga.Run(self._cluster))
-                return
-            current.change(flat_at=self._clock(), percent=100)
-        else:
+        try:
+            is_there = self._see_flat(current, stopped)
+        except errors.SnapError as error:
+            self._hurry(current.job, error)
+            raise
+        if is_there:
+            self._release(current.job)
+        else:  # what may be left of it, in a trash, keeps the snapshot itself
+            steps.remove_frozen(current.job, saga.Run(self._cluster))
+
+    def _see_flat(self, current: Current, stopped: Callable[[], bool]) -> bool:
+        """Have the image flat, and note that; whether it is there, as far as that is seen."""
+        if current.job.flat_at is not None:
             self._see_whole(current.job, stopped)
-        self._release(current.job)
+            return True
+        self._make_way()
+        if not self._flatten(current, stopped):
+            return False
+        current.change(flat_at=self._clock(), percent=100)
+        return True
 
     def _hurry(self, job: Job, error: errors.SnapError) -> None:
         """An image without its snapshot does not wait long. :raises errors.Later: it is one."""
@@ -106,7 +112,7 @@ class Flattening:
                 raise errors.Later(f"cannot be used until its snapshot is made again: {error.report()}", _HURRY_SECONDS)
 
     def _flatten(self, current: Current, stopped: Callable[[], bool]) -> bool:
-        """Whether the image is flat, once it is that, or gone."""
+        """Whether the image is flat, or nothing to us, once it is that, or gone."""
         job, dest = current.job, steps.image_of(current.job)
         has_map = False
         deletions = 0
@@ -123,12 +129,15 @@ class Flattening:
                 continue  # over the handle that this takes a deletion may have failed, too
             if state is _State.SHARED:
                 self._see_parent_stays(job, dest)
-                self._cluster.set_metadata(dest, _MARK, str(job.dest_id))
                 self._flatten_once(current, dest, stopped)
                 continue
             deletions += 1
             if not self._await_deletion(job, dest, stopped):
-                self._make_whole(job, dest)
+                try:
+                    if not self._mend_amid(job, dest):
+                        return True
+                except errors.Missing:  # deleted meanwhile
+                    continue
                 if deletions == _DELETIONS:
                     raise errors.Busy(f"{dest}: somebody deletes the image over and over, and does not succeed")
 
@@ -207,7 +216,12 @@ class Flattening:
             percent = 100 * done // total if total else 0
             return not (watch.deleted.is_set() or watch.strained.is_set() or stopped())
 
-        self._means.begin(current, dest)
+        def make_ready() -> None:
+            self._cluster.drop_object_map(dest)  # one that somebody gave it: see Cluster.clone, and Cluster.flatten
+            if self._cluster.metadata(dest, _MARK) != current.job.dest_id:
+                self._cluster.set_metadata(dest, _MARK, str(current.job.dest_id))
+
+        self._means.begin(current, dest, make_ready)
         with self._watching(current, dest, lambda: percent) as watch:
             try:
                 self._means.flatten(dest, on_progress)
@@ -263,29 +277,47 @@ class Flattening:
             time.sleep(_LOOK_SECONDS)
         return True
 
-    def _make_whole(self, job: Job, dest: ImageSpec) -> None:
-        """Seal an image again whose deletion did not get through, or remove it where its record is gone all the same.
-
-        :raises errors.InDoubt: it is left alone.
-        """
+    def _mend_amid(self, job: Job, dest: ImageSpec) -> bool:
+        """As :meth:`_mend`, where a flatten was under way, and may still be."""
         try:
-            is_used = self._images.uses(job.image_id, jobs.location(job, saga.Run(self._cluster)))
+            is_used = self._is_used(job)
         except errors.GlanceError as error:
             LOG.warning("Image %s: Glance cannot be asked about it: %s", job.image_id, error.report())
             is_used = None
+        if is_used is not False:
+            self._means.see_ended(dest)  # a snapshot taken amid a flatten may read zeros
+        return self._mend(job, dest, is_used)
+
+    def _mend(self, job: Job, dest: ImageSpec, is_used: Optional[bool]) -> bool:
+        """Seal an image again whose deletion did not get through, or remove it where its record is gone all the same.
+
+        :returns: False where that is not for us to do.
+        :raises errors.InDoubt: where that cannot be known.
+        """
         if not (is_used or self._is_ours(job, dest)):
-            raise errors.InDoubt(f"{dest} has no snapshot {GLANCE_SNAP!r}, and Glance does not say that it uses it")
+            if is_used is None:
+                raise errors.InDoubt(f"{dest} has no snapshot {GLANCE_SNAP!r}, and may be no image of ours")
+            LOG.warning(
+                "%s is left alone: it has no snapshot %r, Glance does not use it, and nothing shows that it was made "
+                "here; see 'nova-rbd-snap sweep'",
+                dest, GLANCE_SNAP,
+            )
+            return False
         if is_used is False:
             with contextlib.suppress(errors.Missing):
                 steps.when_free(saga.Run(self._cluster), "remove", self._cluster.remove, dest)
-            return
-        self._means.see_ended(dest)  # a snapshot taken amid a flatten may read zeros
+            return True
         # A live record, or one that cannot be asked about, must find its data.
         LOG.info("Image %s: a deletion failed, for it was open; its snapshot is made again", dest.name)
         with contextlib.suppress(errors.AlreadyThere):
             self._cluster.create_snap(dest.snap(GLANCE_SNAP))
         with contextlib.suppress(errors.Busy):
             self._cluster.protect_snap(dest.snap(GLANCE_SNAP))
+        return True
+
+    def _is_used(self, job: Job) -> Optional[bool]:
+        """As Glance's record says; see :meth:`nova_rbd_snap.janitor.jobs.Images.uses`."""
+        return self._images.uses(job.image_id, jobs.location(job, saga.Run(self._cluster)))
 
     def _is_ours(self, job: Job, dest: ImageSpec) -> bool:
         """Whether the rbd image is, or was seen to be, a clone of the disk.
@@ -296,7 +328,11 @@ class Flattening:
         return is_clone or self._cluster.metadata(dest, _MARK) == job.dest_id
 
     def _see_whole(self, job: Job, stopped: Callable[[], bool]) -> None:
-        """As :meth:`_make_whole`, of a flat one: somebody else was in the way, as may be an older Glance that reads."""
+        """Mend a flat image whose deletion failed over somebody else, as may be an older Glance that reads it."""
         dest = steps.image_of(job)
-        if self._look(job, dest) is _State.UNSEALED_FLAT and not self._await_deletion(job, dest, stopped):
-            self._make_whole(job, dest)
+        if self._look(job, dest) is not _State.UNSEALED_FLAT or self._await_deletion(job, dest, stopped):
+            return
+        is_used = self._is_used(job)
+        if is_used is not None:
+            with contextlib.suppress(errors.Missing):  # deleted meanwhile
+                self._mend(job, dest, is_used)

@@ -124,7 +124,7 @@ class Hindered:
 class FakeWorld(world.World):
     """See :class:`tests.faults.world.World`; besides, there is a running guest."""
 
-    vms, images = DISK.pool, DEST.pool
+    vms, images, image_id = DISK.pool, DEST.pool, DEST.name
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from nova_rbd_snap.ledger.job import BACKGROUND, NEVER
+from nova_rbd_snap.ledger.job import BACKGROUND, INLINE, NEVER
 from tests.faults.fake import FakeWorld
 from tests.faults.guest import guest_module
 from tests.faults.matrix import ENGINE, GLANCE, GUEST, Cell, Outcome, Place, cells
@@ -99,7 +99,7 @@ _ONLY_FORMAT_1 = ("protect_snap", "unprotect_snap")
 _REAL_FORMAT_1 = ("loses_the_answer Unreachable", "engine_killed after", "both_killed after")
 
 #: By the other policies of flattening, where those are not the same.
-_SHARED_STEPS = ("clone", "release", "seal", *GLANCE, "forget")
+_SHARED_STEPS = ("clone", "seal", *GLANCE, "forget")
 _REAL_SHARED = (
     "loses_the_answer Unreachable", "engine_killed after", "engine_killed meanwhile", "both_killed after",
     "compute_killed meanwhile", "blocklisted", "clone_open", "record_deleted", "answers 500", "is_silent reset",
@@ -153,10 +153,15 @@ def real_cells() -> list[Cell]:
 
 def missed() -> set[str]:
     """What is selected by name, and is none of the cells that are tried on real servers."""
-    found = {(str(cell.cause), place) for cell in real_cells() for place in ("*", str(cell.place))}
-    named = {(cause, place) for table in (_REAL, _QUICK) for cause, places in table.items() for place in places.split()}
-    named |= {(cause, "*") for cause in (*_REAL_FORMAT_1, *_REAL_SHARED)}
-    return {" at ".join(pair) for pair in named - found}
+    found = {
+        " at ".join((str(cell.cause), place, cell.variant.get("flatten", INLINE)))
+        for cell in real_cells()
+        for place in ("*", str(cell.place))
+    }
+    wanted = {(cause, place, INLINE) for table in (_REAL, _QUICK) for cause in table for place in table[cause].split()}
+    wanted |= {(cause, "*", INLINE) for cause in _REAL_FORMAT_1}
+    wanted |= {(cause, "*", policy) for cause in _REAL_SHARED for policy in (BACKGROUND, NEVER)}
+    return {" at ".join(each) for each in wanted} - found
 
 
 def is_disturbing(cell: Cell) -> bool:

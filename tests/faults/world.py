@@ -11,17 +11,19 @@ from typing import Any, Callable, NoReturn, Optional
 from nova_rbd_snap import errors
 from nova_rbd_snap.engine.service import Engine
 from nova_rbd_snap.flatten.means import ByWorker
-from nova_rbd_snap.flatten.queue import queue_image, shared_images
+from nova_rbd_snap.flatten.queue import queue_image, shared
 from nova_rbd_snap.flatten.task import Flattening
 from nova_rbd_snap.janitor import parents
 from nova_rbd_snap.ledger.job import INLINE, Owner
 from nova_rbd_snap.ledger.store import Ledger
 from nova_rbd_snap.openstack.registration import Images
+from nova_rbd_snap.specs import ImageSpec
 from nova_rbd_snap.workers.worker import Worker
 from tests.faults.guest import FakeGuest
 from tests.faults.matrix import Cell
 from tests.faults.request import NovaCompute, Request
 from tests.faults.sabotage import Killed, Mischief, Saboteur
+from tests.waiting import eventually
 
 
 class World(abc.ABC):
@@ -32,10 +34,12 @@ class World(abc.ABC):
     :ivar deletes_records: whether Nova's manager can delete the record of a request that failed.
     :ivar suspensions: how often a guest was suspended for a copy, or would have been.
     :ivar guest: who runs on the disk, if anybody does.
+    :ivar vms, images: Nova's pool, and Glance's.
+    :ivar image_id: of the image that is asked for.
     :ivar cloud: whose jobs the engine's are.
     """
 
-    vms = images = cloud = ""
+    vms = images = image_id = cloud = ""
     deletes_records = True
     suspensions = 0
     guest: Optional[FakeGuest] = None
@@ -106,16 +110,22 @@ class World(abc.ABC):
             return
         client, images = self.bystander(), self.asked_as_service()
         owner = Owner("compute-9", "machine-9", "life-9", client.address(), self.cloud)
-        for found in shared_images(client, self.vms, [self.images]):
+        ledger = Ledger(client, self.vms)
+        found = shared(client, ImageSpec(self.images, self.image_id))
+        if found is not None:
             with contextlib.suppress(errors.LedgerConflict):
-                queue_image(found, Ledger(client, self.vms), owner, 0.0)
+                queue_image(found, ledger, owner, 0.0)
         # Long after, so that nobody reads the image from before it was flat.
         moments = itertools.count(10**10, 10**6)
         flattening = Flattening(client, images, ByWorker(client), lambda: float(next(moments)))
         more = {"limit": 4, "lease_seconds": 60.0, "clock": lambda: float(next(moments))}
         worker = Worker(client, self.vms, owner, [flattening], **more)
-        for _ in range(3):
+
+        def is_done() -> bool:
             worker.work(lambda: False)
+            return all(job.id != self.image_id for job in ledger.read().jobs)
+
+        eventually(is_done, "the image is flat, and nobody reads it from before")
         if was_deleted:
             list(parents.clear(client, self.vms, [self.images], images, float(10**10)))
 

@@ -537,8 +537,10 @@ def test_flatten_that_fails() -> None:
 # -- the tenant deletes the image meanwhile ----------------------------------------------------------------------------
 
 
-def test_hostile_record() -> None:
-    """It makes nobody seal, or remove, what is no clone of the disk that it names."""
+@pytest.mark.parametrize("uses_it", [False, None])
+def test_hostile_record(uses_it: Optional[bool]) -> None:
+    """It makes nobody seal, or remove, what is no clone of the disk that it names; nor does it stay for ever, unless
+    Glance never says whether it uses that."""
     cluster = populated()
     queued(cluster)
     (job,) = jobs(cluster)
@@ -547,12 +549,27 @@ def test_hostile_record() -> None:
     text = job.encode().replace(job.id, theirs.name).replace(str(job.dest_id), cluster.lookup(theirs).id)
     cluster.omap_replace(DISK.pool, OBJECT, theirs.name, None, text)
     before = cluster.picture()["images"]["images"][theirs.name]
-    for uses_it in (False, None):
-        worker = make_worker(cluster, images=FakeImages(uses_it=uses_it), clock=lambda: 10.0**10)
-        for _ in range(3):
-            worker.work(going_on)
-        assert cluster.picture()["images"]["images"][theirs.name] == before
-    assert [found.id for found in jobs(cluster)] == [theirs.name]
+    worker = make_worker(cluster, images=FakeImages(uses_it=uses_it), clock=lambda: 10.0**10)
+    for _ in range(3):
+        worker.work(going_on)
+    assert cluster.picture()["images"]["images"][theirs.name] == before
+    assert [found.id for found in jobs(cluster)] == [theirs.name] * (uses_it is None)
+
+
+def test_deletion_amid_the_look_at_it() -> None:
+    """Glance gets through just as it is asked."""
+    cluster = populated()
+    before = cluster.picture()
+    queued(cluster)
+    unseal(cluster, DEST)
+
+    class Slow(FakeImages):
+        def uses(self, image_id: str, url: str) -> Optional[bool]:
+            cluster.remove(DEST)
+            return False
+
+    assert make_worker(cluster, images=Slow()).work(going_on)
+    assert cluster.picture() == before
 
 
 around = pytest.mark.parametrize("when", ["before", "flatten", "give_object_map"])
