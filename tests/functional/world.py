@@ -10,6 +10,7 @@ import json
 import os
 import random
 import uuid
+import weakref
 from typing import Any, Callable, Optional
 
 import rados
@@ -61,6 +62,8 @@ class World:
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self.vms, self.images = f"vms-{os.environ['CLOUD']}", f"images-{os.environ['CLOUD']}"
         self.conf = conf.load(["--config-file", NOVA_CONF])
+        self._connections: weakref.WeakSet[LibrbdCluster] = weakref.WeakSet()
+        stack.callback(self._disconnect)
         #: For what the bindings say at length.
         self.cluster = LibrbdCluster(conf=CEPH_CONF, user="admin", timeout_seconds=TIMEOUT_SECONDS, clone_format=2)
         self.rados = rados.Rados(rados_id="admin", conffile=CEPH_CONF)
@@ -102,15 +105,21 @@ class World:
         self.conf.set_override("operation_timeout", timeout_seconds, group="rbd_snap")
         return conf.Settings.read(self.conf)
 
-    @staticmethod
-    def connect(settings: conf.Settings) -> LibrbdCluster:
+    def connect(self, settings: conf.Settings) -> LibrbdCluster:
         """A connection as an engine's."""
-        return LibrbdCluster(
+        made = LibrbdCluster(
             conf=settings.ceph_conf,
             user=settings.ceph_user,
             timeout_seconds=settings.operation_timeout,
             clone_format=settings.clone_format,
         )
+        self._connections.add(made)
+        return made
+
+    def _disconnect(self) -> None:
+        """Of connections that are alive as Python ends the threads may be aborted, and the tests' process with them."""
+        for connection in list(self._connections):
+            connection._rados.shutdown()
 
     def engine(self, *, host: str = "functional", life: str = "life-1", clone_format: int = 2) -> Engine:
         """A new engine of *host*, as nova-compute's configuration makes it.
