@@ -18,7 +18,7 @@ import pytest
 from breakpoints import AMID_FLATTEN
 from cloud import NOVA_CONF, Cloud, Log, eventually, run
 from test_deaths import DEAD_CLIENT_SECONDS
-from test_flatten import FLATTEN, is_flat, waits
+from test_flatten import FLATTEN, Images, waits
 from test_qemu import qemu_of
 
 OTHER = "other-host"
@@ -149,36 +149,24 @@ def test_moves_with_images_that_need_its_disk(cloud: Cloud, log: Log, readers: N
     """Evacuated and migrated back a server has its disk, and the images of it stay as they were."""
     cloud.configure(FLATTEN["never"])
     server = cloud.boot()
-    images: dict[str, str] = {}
-
-    def snapshot() -> None:
-        digest = cloud.disk_digest(server)
-        image = cloud.snapshot(server)
-        assert not is_flat(cloud, image)
-        images[image.id] = digest
-
-    def assert_as_before() -> None:
-        for image_id, digest in images.items():
-            assert cloud.image_digest(image_id) == cloud.disk_digest(server) == digest
-
-    snapshot()
+    digest, images = cloud.disk_digest(server), Images(cloud, server)
+    images.take()
     other = OtherHost(cloud)
     cloud.clean_up.callback(cloud.delete_server, server)
     with no_power(cloud, server):
         evacuate(cloud, server)
-        assert_as_before()
-        snapshot()
+        images.take()
     cloud.admin.compute.migrate_server(server)
     cloud.wait_for_status(server, "VERIFY_RESIZE")
     cloud.admin.compute.confirm_server_resize(server)
     cloud.wait_for_status(server, "ACTIVE")
     assert not other.runs(server)
-    snapshot()
-    assert_as_before()
+    images.take()
+    assert cloud.disk_digest(server) == digest
+    images.assert_as_before()
     cloud.delete_server(server)
-    for image_id, digest in images.items():
-        assert cloud.image_digest(image_id) == digest
-        cloud.delete_image(image_id)
+    images.assert_as_before()
+    images.delete()
     eventually(lambda: not waits(cloud, server), "the disk is not kept any more")
     assert log.ours() == []
 

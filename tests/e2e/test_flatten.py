@@ -153,55 +153,67 @@ def test_what_glance_can_read_is_found_out(cloud: Cloud, log: Log) -> None:
     assert [left for left in cloud.admin.image.images(is_hidden=True) if "nova-rbd-snap" in left.name] == []
 
 
+class Images:
+    """Of one server, none of them flat, and what is to be on each."""
+
+    def __init__(self, cloud: Cloud, server: Any) -> None:
+        self._cloud, self._server = cloud, server
+        self._digests: dict[str, str] = {}
+
+    def take(self) -> None:
+        """Another one."""
+        digest = self._cloud.disk_digest(self._server)
+        image = self._cloud.snapshot(self._server)
+        assert not is_flat(self._cloud, image)
+        self._digests[image.id] = digest
+
+    def assert_as_before(self) -> None:
+        for image_id, digest in self._digests.items():
+            assert self._cloud.image_digest(image_id) == digest
+
+    def delete(self) -> None:
+        """All of them."""
+        for image_id in self._digests:
+            self._cloud.delete_image(image_id)
+
+
 @pytest.mark.slow
 def test_what_else_becomes_of_a_server(cloud: Cloud, log: Log, readers: None) -> None:
     """All that Nova does with a disk works on one that images depend on, and the images stay as they were; in the end
     nothing is left."""
     cloud.configure(FLATTEN["never"])
     server = cloud.boot()
-    images: dict[str, str] = {}
-
-    def snapshot() -> None:
-        digest = cloud.disk_digest(server)
-        image = cloud.snapshot(server)
-        assert not is_flat(cloud, image)
-        images[image.id] = digest
-
-    def assert_as_before() -> None:
-        for image_id, digest in images.items():
-            assert cloud.image_digest(image_id) == digest
-
+    images = Images(cloud, server)
     compute = cloud.admin.compute
-    snapshot()
+    images.take()
     compute.rescue_server(server)
     cloud.wait_for_status(server, "RESCUE")
     compute.unrescue_server(server)
     cloud.wait_for_status(server, "ACTIVE")
-    assert_as_before()
+    images.assert_as_before()
     for confirm in (False, True):
         cloud.resize(server, "big")
-        assert_as_before()
+        images.assert_as_before()
         if confirm:
             compute.confirm_server_resize(server)
         else:
             compute.revert_server_resize(server)
         cloud.wait_for_status(server, "ACTIVE")
-        assert_as_before()
-    snapshot()
+        images.assert_as_before()
+    images.take()
     cloud.shelve(server)
-    assert_as_before()
+    images.assert_as_before()
     cloud.unshelve(server)
-    snapshot()
+    images.take()
     base = cloud.image_called("base")
     compute.rebuild_server(server.id, image=base.id)  # to the server itself it would write its state
     cloud.wait_for_status(server, "ACTIVE")
     cloud.write(server, 3)
-    snapshot()
-    assert_as_before()
+    images.take()
+    images.assert_as_before()
     cloud.delete_server(server)
-    assert_as_before()
-    for image_id in images:
-        cloud.delete_image(image_id)
+    images.assert_as_before()
+    images.delete()
     eventually(lambda: not waits(cloud, server), "the disk is not kept any more")
     assert log.ours() == []
 
