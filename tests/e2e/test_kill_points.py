@@ -39,7 +39,7 @@ def killed(cloud: Cloud, victim: str, held: Any) -> None:
 
 
 #: Those that tell most; the others take their time.
-QUICK = {("clone", "both"), ("seal", "engine"), ("ready", "nova-compute"), ("wait", "both")}
+QUICK = {("clone", "both"), ("seal", "engine"), ("ready", "nova-compute")}
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ def test_enabled_false(cloud: Cloud) -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        pytest.param("clone_format", 7, marks=pytest.mark.core),
-        ("ways", "clone,foo"),
+        ("clone_format", 7),
+        pytest.param("ways", "clone,foo", marks=pytest.mark.slow),
         pytest.param("ways", "", marks=pytest.mark.slow),
         pytest.param("operation_timeout", 1, marks=pytest.mark.slow),
         pytest.param("flatten", "lazily", marks=pytest.mark.slow),
