@@ -218,8 +218,7 @@ class Flattening:
 
         def make_ready() -> None:
             self._cluster.drop_object_map(dest)  # one that somebody gave it: see Cluster.clone, and Cluster.flatten
-            if self._cluster.metadata(dest, _MARK) != current.job.dest_id:
-                self._cluster.set_metadata(dest, _MARK, str(current.job.dest_id))
+            self._cluster.set_metadata(dest, _MARK, str(current.job.dest_id))
 
         self._means.begin(current, dest, make_ready)
         with self._watching(current, dest, lambda: percent) as watch:

@@ -18,7 +18,7 @@ import pytest
 from breakpoints import AMID_FLATTEN
 from cloud import NOVA_CONF, Cloud, Log, eventually, run
 from test_deaths import DEAD_CLIENT_SECONDS
-from test_flatten import FLATTEN, Images, waits
+from test_flatten import FLATTEN, Images
 from test_qemu import qemu_of
 
 OTHER = "other-host"
@@ -164,10 +164,7 @@ def test_moves_with_images_that_need_its_disk(cloud: Cloud, log: Log, readers: N
     images.take()
     assert cloud.disk_digest(server) == digest
     images.assert_as_before()
-    cloud.delete_server(server)
-    images.assert_as_before()
-    images.delete()
-    eventually(lambda: not waits(cloud, server), "the disk is not kept any more")
+    images.outlive_the_server()
     assert log.ours() == []
 
 

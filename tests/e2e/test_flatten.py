@@ -41,10 +41,10 @@ def waits(cloud: Cloud, server: Any) -> bool:
     return any(row["Name"] == f"{server.id}_disk" for row in cloud.command("trash", "list"))
 
 
-def waiting_for_readers(cloud: Cloud) -> Any:
-    """The job that has flattened its image, if there is one that is not at work."""
+def wait_for_readers(cloud: Cloud) -> list[bool]:
+    """Of each job whether it has flattened its image, and is not at work."""
     jobs = [json.loads(text) for text in cloud.ceph.ledger(cloud.vms).values()]
-    return next((job for job in jobs if "flat_at" in job and job["step"] == "queued"), None)
+    return ["flat_at" in job and job["step"] == "queued" for job in jobs]
 
 
 @pytest.mark.core
@@ -71,7 +71,7 @@ def test_background(cloud: Cloud, log: Log, readers: None) -> None:
     (waiting,) = cloud.command("job", "list")
     assert "stays until who reads it" in waiting["Left"]
     cloud.delete_server(booted)
-    eventually(lambda: waiting_for_readers(cloud) is not None, "the job waits")
+    eventually(lambda: any(wait_for_readers(cloud)), "the job waits")
     cloud.ceph.let_a_day_pass(cloud.vms)
     eventually(lambda: cloud.ceph.ledger(cloud.vms) == {}, "its job is done", seconds=90)
     with cloud.ceph.image(cloud.vms, f"{server.id}_disk") as disk:
@@ -171,10 +171,13 @@ class Images:
         for image_id, digest in self._digests.items():
             assert self._cloud.image_digest(image_id) == digest
 
-    def delete(self) -> None:
-        """All of them."""
+    def outlive_the_server(self) -> None:
+        """It is deleted, and its disk stays as long as there is one of them."""
+        self._cloud.delete_server(self._server)
+        self.assert_as_before()
         for image_id in self._digests:
             self._cloud.delete_image(image_id)
+        eventually(lambda: not waits(self._cloud, self._server), "the disk is not kept any more")
 
 
 @pytest.mark.slow
@@ -211,10 +214,7 @@ def test_what_else_becomes_of_a_server(cloud: Cloud, log: Log, readers: None) ->
     cloud.write(server, 3)
     images.take()
     images.assert_as_before()
-    cloud.delete_server(server)
-    images.assert_as_before()
-    images.delete()
-    eventually(lambda: not waits(cloud, server), "the disk is not kept any more")
+    images.outlive_the_server()
     assert log.ours() == []
 
 

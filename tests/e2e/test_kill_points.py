@@ -7,7 +7,6 @@ So it is where the image is flattened later, or never, and where the engine that
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -17,6 +16,7 @@ import pytest
 from breakpoints import ENGINES, NOVAS, WORKERS
 from cloud import Cloud, Log, Options, eventually
 from test_deaths import DEAD_CLIENT_SECONDS, gone
+from test_flatten import wait_for_readers
 
 from tests.faults import recording
 
@@ -109,7 +109,7 @@ def test_killed_while_it_is_not_flat(
     assert cloud.settled(server).status == "ACTIVE"
     if victim == "engine" or place in (*REGISTERED, *WORKERS):
         eventually(lambda: cloud.image(image_id).status == "active", "the image is active", 20)
-        eventually(lambda: only_waits(cloud), "a flatten is done, if there is one", DEAD_CLIENT_SECONDS)
+        eventually(lambda: all(wait_for_readers(cloud)), "a flatten is done, if there is one", DEAD_CLIENT_SECONDS)
         assert cloud.image_digest(image_id) == digest
         cloud.delete_image(image_id)
     else:
@@ -119,12 +119,6 @@ def test_killed_while_it_is_not_flat(
     cloud.command("trash", "purge")
     cloud.unchanged(before, DEAD_CLIENT_SECONDS)
     found.guest_suspensions = cloud.guests.interruptions(server.id) - interruptions
-
-
-def only_waits(cloud: Cloud) -> bool:
-    """Whether all that is left to do is to wait for who may read an image from before it was flat."""
-    jobs = [json.loads(text) for text in cloud.ceph.ledger(cloud.vms).values()]
-    return all("flat_at" in job and job["step"] == "queued" for job in jobs)
 
 
 @pytest.mark.slow
