@@ -38,6 +38,8 @@ SIZES = {
 }
 SMALLEST, LARGEST = "64 MiB", "16 GiB"
 INTERVALS = (1.0, 0.1)
+#: The same for what is not measured.
+HURRIED = 0.05
 POLICIES = ("inline", "background", "never")
 OBJECT = 4 * MIB
 THIN = {"16 GiB": 16 * GIB, "128 GiB": 128 * GIB, "1 TiB": 1024 * GIB}
@@ -125,12 +127,14 @@ class Bench:
         server, found, have = self.cloud.boot("crowded"), {}, 0
         with rbd.Image(self.cloud.vms, self.cloud.disk(server)) as disk:
             for count in EARLIER:
-                for number in range(have, count):
-                    disk.create_snap(f"earlier-{number}")
+                with self.cloud.proposing_every(HURRIED):
+                    for number in range(have, count):
+                        disk.create_snap(f"earlier-{number}")
                 have = count
                 found[count] = self.median("never", server)
-            for number in range(have):
-                disk.remove_snap(f"earlier-{number}")
+            with self.cloud.proposing_every(HURRIED):
+                for number in range(have):
+                    disk.remove_snap(f"earlier-{number}")
         self.cloud.delete_server(server)
         return found
 
