@@ -239,8 +239,17 @@ class Cloud:
         )
 
     def delete_image(self, image_id):
+        """Delete the image, once who has it open, as who flattens it has, lets it go."""
+
+        def delete():
+            try:
+                self.user.image.delete_image(image_id)
+            except openstack.exceptions.ConflictException:
+                return False
+            return True
+
         self.settled(image_id)
-        self.user.image.delete_image(image_id, ignore_missing=False)
+        wait_for(delete, "Glance deletes the image")
 
     def is_flat(self, image_id):
         with rbd.Image(self.images, image_id, read_only=True) as image:
@@ -253,7 +262,7 @@ class Cloud:
     def is_locked(self, image_id):
         """Whether a client works on the image's data."""
         with rbd.Image(self.images, image_id, read_only=True) as image:
-            return bool(list(image.lock_get_owners()))
+            return bool(image.list_lockers())
 
     # -- Ceph ----------------------------------------------------------------------------------------------------
 
