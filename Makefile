@@ -16,7 +16,7 @@ test-unit: $(VENV)/ready   ## seconds, with neither Ceph nor Nova
 	$(VENV)/bin/python -m pytest tests/unit tests/faults tests/contract -m 'not real'
 
 fault-report: lab $(VENV)/ready   ## the whole fault matrix; prints a table and writes build/fault-report.json
-	lab/lab up 34
+	lab/lab up
 	$(VENV)/bin/python -m tests.fault_report
 
 style: $(VENV)/ready
@@ -27,8 +27,14 @@ style: $(VENV)/ready
 bench: lab           ## prints a table and writes build/bench.json; leave the machine alone meanwhile
 	lab/lab exec 31 python3 /src/benchmarks/bench.py
 
-bench-policies: lab  ## each policy of flattening, and deletions; leave the machine alone meanwhile
-	lab/lab exec 31 python3 /src/benchmarks/policies.py
+bench-policies:      ## each policy of flattening, and deletions; leave the machine alone meanwhile
+	lab/lab up 34
+	lab/lab install 34
+	lab/lab exec 34 python3 /src/benchmarks/policies.py
+
+bench-copies: lab    ## full copies, where nothing can be cloned; adds to build/bench.json; leave the machine alone meanwhile
+	lab/lab up ceph16
+	lab/lab exec 31 python3 /src/benchmarks/copies.py
 
 bench-many: lab      ## sixteen snapshots at once beside one; leave the machine alone meanwhile
 	lab/lab exec 31 python3 /src/benchmarks/many.py

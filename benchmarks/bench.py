@@ -16,7 +16,6 @@ any *seconds*, but for a 10 GB disk a minute of work beside the next samples. Th
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -37,6 +36,8 @@ SNAPSHOTS_FOR_MEMORY = 20
 GROWTH_LIMIT = 16 * MIB
 ENGINE_LIMIT = 96 * MIB
 BARE_FACTOR = 1.1
+#: By package, the service that runs it.
+_SERVICES = {"nova": "nova-compute", "nova-rbd-snap": "nova-compute", "glance": "glance-api"}
 
 
 def measure_bare(cloud, glance, server_id, *, flatten=True):
@@ -185,7 +186,7 @@ def environment(cloud):
         "osds": status["osdmap"]["num_osds"],
         "replicas": int(cloud.ceph_command(f"osd pool get {cloud.vms_pool} size").split()[1]),
         "paxos_propose_interval_seconds": float(cloud.ceph_command("config get mon paxos_propose_interval")),
-        **{name: importlib.metadata.version(name) for name in ("nova", "glance", "nova-rbd-snap")},
+        **{name: cloud.version(service, name) for name, service in _SERVICES.items()},
         "glance_do_secure_hash": "false during this run (default true: hashing begins once the image is active)",
         "cores": os.cpu_count(),
         "load_before": round(os.getloadavg()[0], 2),

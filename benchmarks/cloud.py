@@ -128,10 +128,19 @@ class Cloud:
 
         wait_for(answers, "Glance answers", 60)
 
+    def nova_compute_pid(self):
+        return self._pid("nova-compute")
+
     @staticmethod
-    def nova_compute_pid():
-        found = subprocess.run(["supervisorctl", "pid", "nova-compute"], check=True, capture_output=True, text=True)
+    def _pid(service):
+        found = subprocess.run(["supervisorctl", "pid", service], check=True, capture_output=True, text=True)
         return int(found.stdout)
+
+    def version(self, service, package):
+        """Of *package* in the Python that *service* runs in."""
+        python = pathlib.Path(f"/proc/{self._pid(service)}/cmdline").read_text().split("\0")[0]
+        code = f"import importlib.metadata; print(importlib.metadata.version('{package}'))"
+        return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
     def log_end(self):
         return _LOG.stat().st_size

@@ -10,7 +10,8 @@ flatten and without. Then, at the default:
 - a snapshot while a worker flattens another image, or while Glance hashes one, beside one when nothing does;
 - how long the deletion of a server with a large disk takes, by stock Nova and with ``delete = trash``.
 
-Larger disks are written thinly: 256 KiB in every object of 4 MiB.
+The largest disk is written thinly: 256 KiB in every object of 4 MiB. It runs on cloud 34 of the lab: in 31 each call to
+the conductor takes half a second, whoever makes it, and a snapshot has two of them.
 """
 
 import argparse
@@ -33,7 +34,7 @@ RESULT = pathlib.Path(__file__).parents[1] / "build" / "bench-policies.json"
 SIZES = {
     "64 MiB": (64 * MIB, 4 * MIB),
     "1 GiB": (GIB, 4 * MIB),
-    "4 GiB": (4 * GIB, MIB // 4),
+    "4 GiB": (4 * GIB, 4 * MIB),
     "16 GiB": (16 * GIB, MIB // 4),
 }
 SMALLEST, LARGEST = "64 MiB", "16 GiB"

@@ -25,7 +25,21 @@ GROUP = cfg.OptGroup(
 )
 
 #: The rungs of the ladder that exist, best first.
-WAYS = ("clone", "nova")
+WAYS = ("clone", "copy", "nova")
+
+#: The formats of what is uploaded.
+RAW, QCOW2 = "raw", "qcow2"
+
+#: What the name of a section begins with that tells of a store of Glance's; the store's name follows.
+_STORE_SECTION = "rbd_snap_store_"
+#: Name of the store that the options of [rbd_snap] itself tell of.
+_THE_STORE = "glance"
+
+_STORE_GROUP = cfg.OptGroup(
+    f"{_STORE_SECTION}name",
+    title="One of Glance's rbd stores",
+    help="See [rbd_snap] glance_stores: one such section for each name there, which ends the section's.",
+)
 
 OPTIONS = [
     cfg.BoolOpt(
@@ -36,22 +50,66 @@ OPTIONS = [
     ),
     cfg.ListOpt(
         "ways",
-        default=list(WAYS),
+        default=["clone", "nova"],
         item_type=cfg.types.String(choices=WAYS),
         help="Ways to take a snapshot, tried in this order until one succeeds. 'clone' clones the disk inside "
-        "Ceph. 'nova' is Nova's own full copy through a local file; without it a snapshot that cannot be cloned "
-        "fails.",
+        "Ceph. 'copy' copies what is allocated of it, to where Glance keeps images or through Glance's API, while the "
+        "guest runs and without a local file. 'nova' is Nova's own full copy through a local file; without it a "
+        "snapshot that the others cannot take fails.",
     ),
     cfg.StrOpt(
         "glance_pool",
-        help="Pool of the Glance rbd store that snapshots are cloned into. Unset: the pool of the disk's parent; "
-        "for a disk without a parent that of the store [libvirt] images_rbd_glance_store_name names, else that of "
-        "the server's base image.",
+        help="Pool of the Glance rbd store that snapshots are cloned, or copied, into. Unset: the pool of the disk's "
+        "parent; for a disk without a parent that of the store [libvirt] images_rbd_glance_store_name names, else that "
+        "of the server's base image.",
+    ),
+    cfg.StrOpt(
+        "glance_ceph_conf",
+        help="Path of the Ceph configuration file of the cluster that glance_pool is in, where that is another than "
+        "Nova's: nothing can be cloned then, and snapshots are copied there.",
+    ),
+    cfg.StrOpt(
+        "glance_rbd_user",
+        help="Ceph user, without 'client.', for glance_ceph_conf. It needs mon and osd 'profile rbd' there.",
+    ),
+    cfg.ListOpt(
+        "glance_stores",
+        default=[],
+        help="Further rbd stores of Glance's that snapshots are copied into where they cannot be cloned, tried in this "
+        "order. Each has a section, [rbd_snap_store_far] for the one called far, with the options ceph_conf, rbd_user, "
+        "pool and, where data and metadata are apart, data_pool.",
     ),
     cfg.StrOpt(
         "glance_data_pool",
         help="Data pool of the clone, where Glance keeps its data in an erasure-coded pool. Unset: the one that "
         "Glance's own images in the destination pool use.",
+    ),
+    cfg.StrOpt(
+        "copy_format",
+        choices=[
+            (QCOW2, "only what is allocated is sent"),
+            (RAW, "every byte is sent, but zeros are not read; images in an rbd store can be cloned by it"),
+        ],
+        help="Format of a copy that is uploaded through Glance's API, where [libvirt] snapshot_image_format does not "
+        "say. Unset: raw if Glance's store is an rbd one, else qcow2.",
+    ),
+    cfg.IntOpt(
+        "copy_memory",
+        default=64,
+        min=16,
+        help="MiB that all copies of this host together may have read and not yet written.",
+    ),
+    cfg.IntOpt(
+        "copy_bandwidth",
+        default=0,
+        min=0,
+        help="MiB a second that all copies of this host together may write or send; 0 for no limit.",
+    ),
+    cfg.IntOpt(
+        "copy_attempts",
+        default=3,
+        min=1,
+        help="How often a copy is uploaded that is broken off on its way. One to an rbd store goes on where it was.",
     ),
     cfg.StrOpt(
         "flatten",
@@ -174,6 +232,14 @@ OPTIONS = [
     ),
 ]
 
+#: Those of a store's section.
+_STORE_OPTIONS = [
+    cfg.StrOpt("ceph_conf", default="", help="Path of the store's Ceph configuration file."),
+    cfg.StrOpt("rbd_user", help="Ceph user, without 'client.', with mon and osd 'profile rbd' there."),
+    cfg.StrOpt("pool", help="The store's pool."),
+    cfg.StrOpt("data_pool", help="Pool of the data. Unset: as Glance's own images in the pool have it."),
+]
+
 #: What we read of Nova's own options where Nova is not there to register them. Names and meaning are Nova's.
 _NOVAS: dict[Optional[str], list[Any]] = {
     None: [
@@ -182,6 +248,7 @@ _NOVAS: dict[Optional[str], list[Any]] = {
         cfg.StrOpt("state_path", default="unknown"),
     ],
     "libvirt": [
+        cfg.StrOpt("images_type", default="default"),
         cfg.StrOpt("images_rbd_pool", default="rbd"),
         cfg.StrOpt("images_rbd_ceph_conf", default=""),
         cfg.StrOpt("rbd_user"),
@@ -195,13 +262,32 @@ class BadOption(Exception):
 
 
 @dataclass(frozen=True)
+class Store:
+    """An rbd store of Glance's, wherever.
+
+    :ivar ceph_conf: as :class:`Settings` has it, and *ceph_user*.
+    :ivar data_pool: None for what Glance's own images there use.
+    """
+
+    name: str
+    ceph_conf: str
+    ceph_user: Optional[str]
+    pool: str
+    data_pool: Optional[str] = None
+
+
+@dataclass(frozen=True)
 class Settings:
     """What the engine needs to know.
 
+    :ivar in_ceph: the servers' disks are there; else *pool* and all that is kept in it are not.
     :ivar pool: Nova's pool, where the servers' disks and the ledger are.
     :ivar ceph_conf: path of the Ceph configuration file, empty for librados' own search.
     :ivar ceph_user: cephx user without ``client.``, None for librados' default.
     :ivar operation_timeout: seconds, as *reclaim_interval*.
+    :ivar glance_pool: in Nova's cluster; None, too, where Glance's pool is in another.
+    :ivar stores: what copies go into, the first first.
+    :ivar copy_memory: bytes; *copy_bandwidth*: bytes a second, or 0.
     :ivar snapshots_directory: where Nova's own full copy keeps its files; None where the configuration does not tell.
     """
 
@@ -221,6 +307,11 @@ class Settings:
     operation_timeout: int
     reclaim_interval: int
     auth_section: str
+    in_ceph: bool = True
+    stores: tuple[Store, ...] = ()
+    copy_memory: int = 64 << 20
+    copy_bandwidth: int = 0
+    copy_attempts: int = 3
     snapshots_directory: Optional[str] = None
 
     @classmethod
@@ -235,8 +326,13 @@ class Settings:
             pool=conf.libvirt.images_rbd_pool,
             ceph_conf=conf.libvirt.images_rbd_ceph_conf or "",
             ceph_user=conf.libvirt.rbd_user,
-            glance_pool=ours.glance_pool,
-            glance_data_pool=ours.glance_data_pool,
+            glance_pool=None if ours.glance_ceph_conf else ours.glance_pool,
+            glance_data_pool=None if ours.glance_ceph_conf else ours.glance_data_pool,
+            in_ceph=conf.libvirt.images_type == "rbd",
+            stores=tuple(_stores(conf)),
+            copy_memory=ours.copy_memory << 20,
+            copy_bandwidth=ours.copy_bandwidth << 20,
+            copy_attempts=ours.copy_attempts,
             clone_format=ours.clone_format,
             flatten=ours.flatten,
             flatten_engine=ours.flatten_engine,
@@ -252,6 +348,26 @@ class Settings:
             auth_section=ours.auth_section,
             snapshots_directory=copies if os.path.isabs(copies) else None,
         )
+
+
+def _stores(conf: Any) -> Iterator[Store]:
+    """:raises BadOption: one lacks what tells its pool."""
+    ours = conf.rbd_snap
+    if ours.glance_ceph_conf:
+        if not ours.glance_pool:
+            raise BadOption(
+                "[rbd_snap] glance_ceph_conf is set and glance_pool is not; name the pool of Glance's rbd store there"
+            )
+        yield Store(
+            _THE_STORE, ours.glance_ceph_conf, ours.glance_rbd_user, ours.glance_pool, ours.glance_data_pool
+        )
+    for name in ours.glance_stores:
+        section = f"{_STORE_SECTION}{name}"
+        conf.register_opts(_STORE_OPTIONS, group=section)
+        found = conf[section]
+        if not found.pool:
+            raise BadOption(f"[rbd_snap] glance_stores names {name!r}, but [{section}] pool is not set; set it")
+        yield Store(name, found.ceph_conf, found.rbd_user, found.pool, found.data_pool)
 
 
 def _validate(conf: Any) -> None:
@@ -296,8 +412,24 @@ def reasons_for_no_clone(conf: Any) -> Iterator[str]:
     if snapshot_format not in (None, "raw"):
         yield (
             f"[libvirt] snapshot_image_format is {snapshot_format!r}, but a clone holds raw bytes: every snapshot "
-            "will be Nova's own full copy; unset it, or set it to raw"
+            "will be a copy; unset it, or set it to raw"
         )
+    if conf.rbd_snap.glance_ceph_conf:
+        yield (
+            f"[rbd_snap] glance_ceph_conf is {conf.rbd_snap.glance_ceph_conf!r}: between two clusters nothing can be "
+            "cloned, and every snapshot will be a copy"
+        )
+
+
+def reason_for_no_copy(conf: Any) -> Optional[str]:
+    """Why the copy way will be refused whatever the disk, as :func:`reasons_for_no_clone` tells."""
+    snapshot_format = conf.libvirt.snapshot_image_format
+    if snapshot_format in (None, RAW, QCOW2):
+        return None
+    return (
+        f"[libvirt] snapshot_image_format is {snapshot_format!r}: every snapshot will be Nova's own full copy; unset "
+        "it, or set it to raw or qcow2"
+    )
 
 
 def reasons_for_inline(conf: Any) -> Iterator[str]:
@@ -356,4 +488,4 @@ def cloud(nova_conf: Any) -> str:
 
 def list_opts() -> list[tuple[Any, list[Any]]]:
     """For the entry point ``oslo.config.opts``."""
-    return [(GROUP, OPTIONS)]
+    return [(GROUP, OPTIONS), (_STORE_GROUP, _STORE_OPTIONS)]

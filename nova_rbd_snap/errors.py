@@ -4,13 +4,15 @@
 ::
 
     SnapError
-    ├── Refused             this disk or destination cannot be cloned; nothing was changed
+    ├── Refused             this disk cannot be taken this way, or not there; nothing was changed
+    │   └── RuledOut        no disk can, as it is configured: that was told when the service started
     ├── Cancelled           somebody asked for the work to stop: the server is being deleted, or the service ends
     ├── GuestSilent         QEMU does not answer, and would be cut off from its disk by a snapshot
     ├── NotQuiesced         the guest could not be held still, which its image requires
     ├── StillAtWork         a disk that is to be removed is needed by a job of ours that does not come to its end
     ├── NotReadable         Glance cannot read an image that is not flat
     ├── Later               work that nobody waits for is to go on later
+    ├── DiskError           a disk in a file, or on a volume of the host, cannot be read
     ├── CephError           a librados or librbd call failed
     │   ├── Missing         pool, rbd image or snapshot does not exist (of a removal: says nothing, look again)
     │   ├── AlreadyThere    the thing to be made exists, and this call did not make it
@@ -23,6 +25,7 @@
     │   ├── NotSupported    librbd, the image's features or the cluster cannot do it
     │   ├── HolderSilent    who has the lock of an rbd image does not answer, and would be cut off from it
     │   └── Unreachable     no answer in time; whether it happened is unknown
+    │       ├── StoreSilent it is the cluster of a store of Glance's that does not answer
     │       └── Blocklisted this client was cut off and must reconnect
     ├── LedgerError         the ledger's record is not what was expected
     │   ├── LedgerConflict  somebody else wrote first
@@ -37,6 +40,7 @@
         ├── NotAuthorized   the token is not accepted (401)
         ├── GlanceSilent    no answer in time; nothing that matters had been asked for
         ├── NotRegistered   Glance refused, and the record does not point at our data
+        ├── Damaged         what Glance stored is not what was sent
         ├── NotQueued       the record is no longer waiting for data, and what it has is not ours
         └── InDoubt         Glance may or may not have taken the location; the data is kept
 """
@@ -85,7 +89,11 @@ class SnapError(Exception):
 
 
 class Refused(SnapError):
-    """This disk or destination cannot be cloned; nothing was changed."""
+    """This disk cannot be taken this way, or not there; nothing was changed."""
+
+
+class RuledOut(Refused):
+    """No disk can be taken this way, as it is configured: that was told when the service started."""
 
 
 class Cancelled(SnapError):
@@ -130,6 +138,12 @@ class Later(SnapError):
     def __init__(self, message: str, seconds: float = 60.0) -> None:
         super().__init__(message)
         self.seconds = seconds
+
+
+class DiskError(SnapError):
+    """A disk in a file, or on a volume of the host, cannot be read."""
+
+    remedy = "see that nova-compute's user may read it, and that nobody has it open"
 
 
 class CephError(SnapError):
@@ -193,6 +207,13 @@ class Unreachable(CephError):
 
     remedy = "look at 'ceph status'; the wait is bounded by [rbd_snap] operation_timeout"
     may_fall_back = False
+
+
+class StoreSilent(Unreachable):
+    """The cluster of a store of Glance's does not answer; the server's own does."""
+
+    remedy = "look at 'ceph status' there, and at the options that name it"
+    may_fall_back = True
 
 
 class Blocklisted(Unreachable):
@@ -275,6 +296,13 @@ class NotRegistered(GlanceError):
         "let Nova register locations: [service_user] with role 'service' for Glance 2024.2 and later, "
         "else show_multiple_locations = True in glance-api.conf"
     )
+
+
+class Damaged(GlanceError):
+    """What Glance stored is not what was sent, so the record was deleted."""
+
+    remedy = "look for what changes data on its way: Glance's store, or what is between"
+    may_fall_back = False
 
 
 class NotQueued(GlanceError):

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from typing import Callable, Optional, Protocol
 
 from nova_rbd_snap import errors
+from nova_rbd_snap.copy.extents import OnProgress, Sink, Source
 from nova_rbd_snap.specs import ImageSpec, SnapSpec, client_address
-
-#: Called with bytes done and bytes in all; False asks to stop.
-OnProgress = Callable[[int, int], bool]
 
 
 def one_client(address: str) -> str:
@@ -197,6 +195,19 @@ class Cluster(Protocol):
 
     def create(self, image: ImageSpec, data: bytes) -> None:
         """Make an rbd image of *data*, some blocks of 512 bytes. :raises AlreadyThere: there is one of that name."""
+
+    def create_blank(self, image: ImageSpec, size_bytes: int, data_pool: Optional[str]) -> str:
+        """Make an rbd image that is all zeros; returns its id. What it may leave behind is as of :meth:`clone`.
+
+        :param data_pool: as :meth:`clone` takes it.
+        :raises AlreadyThere: there is one of that name.
+        """
+
+    def open_snap(self, snap: SnapSpec) -> contextlib.AbstractContextManager[Source]:
+        """What the rbd image was when it was frozen. :raises Missing: no such snapshot."""
+
+    def open_blank(self, image: ImageSpec) -> contextlib.AbstractContextManager[Sink]:
+        """An rbd image that is to be filled. :raises Missing: no such rbd image."""
 
     def clone(self, snap: SnapSpec, dest: ImageSpec, data_pool: Optional[str], *, object_map: bool = True) -> str:
         """Make *dest* a copy-on-write child of *snap*, able to be deep-flattened; returns the id of *dest*.

@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import errno
 import json
+import logging
 import struct
 import threading
 from collections.abc import Iterator
@@ -22,8 +23,11 @@ import rbd
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph import lease, reports, translate, trash
-from nova_rbd_snap.ceph.interface import FlattenTask, ImageInfo, OnProgress, SnapInfo, TrashInfo, one_client
+from nova_rbd_snap.ceph.interface import FlattenTask, ImageInfo, SnapInfo, TrashInfo, one_client
+from nova_rbd_snap.copy.extents import Extent, Extents, OnProgress
 from nova_rbd_snap.specs import ImageSpec, SnapSpec, client_address
+
+LOG = logging.getLogger(__name__)
 
 _OMAP_PAGE = 1000
 #: How long a client may take to confirm a message.
@@ -33,6 +37,8 @@ _EXCLUSIVE_LOCK = "auto "
 #: What goes by the map of an rbd image's objects.
 _MAP_FEATURES = rbd.RBD_FEATURE_OBJECT_MAP | rbd.RBD_FEATURE_FAST_DIFF
 _MAP_IS_WRONG = rbd.RBD_FLAG_OBJECT_MAP_INVALID | rbd.RBD_FLAG_FAST_DIFF_INVALID
+#: Bytes of a disk that are asked about in one call, and so between two signs of progress.
+_LISTED_AT_ONCE = 64 << 30
 _OF_USERS = rbd.RBD_SNAP_NAMESPACE_TYPE_USER
 #: Longer than anything that was frozen may be frozen and still be expected to wake.
 _FENCE_SECONDS = 24 * 3600
@@ -90,6 +96,60 @@ class _Kept:
     opened: Any = None
 
 
+class FrozenDisk:
+    """See :class:`nova_rbd_snap.copy.extents.Source`."""
+
+    def __init__(self, opened: Any, snap: SnapSpec) -> None:
+        self._opened, self._snap = opened, snap
+        self.size = int(opened.size())
+
+    def extents(self, on_progress: OnProgress) -> Extents:
+        with _translated(f"list what is allocated of {self._snap}"):
+            found, whole = Extents(), self._objects()
+            done, total = 0, whole.total
+            # An object may be there in part, which the map of the objects does not tell.
+            for piece in whole.pieces(_LISTED_AT_ONCE):
+                if not on_progress(done, total):
+                    raise errors.Cancelled(f"nothing is read of {self._snap} any more")
+                self._list(piece.offset, piece.length, found, whole_object=False)
+                done += piece.length
+        return found
+
+    def _objects(self) -> Extents:
+        """The objects that are there, by their map; the whole disk where that is wrong, or there is none."""
+        everything = Extents([Extent(0, self.size)])
+        if not self._opened.features() & rbd.RBD_FEATURE_FAST_DIFF:
+            return everything
+        if self._opened.flags() & _MAP_IS_WRONG:
+            LOG.warning("The object map of %s is invalid, so all of it is looked at; see 'rbd object-map'", self._snap)
+            return everything
+        found = Extents()
+        self._list(0, self.size, found, whole_object=True)
+        return found
+
+    def _list(self, offset: int, length: int, found: Extents, *, whole_object: bool) -> None:
+        def add(offset: int, length: int, exists: bool) -> None:
+            if exists:
+                found.add(offset, min(offset + length, self.size))
+
+        self._opened.diff_iterate(offset, length, None, add, include_parent=True, whole_object=whole_object)
+
+    def read(self, offset: int, length: int) -> bytes:
+        with _translated(f"read {self._snap} at {offset}"):
+            return bytes(self._opened.read(offset, length))
+
+
+class BlankDisk:
+    """See :class:`nova_rbd_snap.copy.extents.Sink`."""
+
+    def __init__(self, opened: Any, image: ImageSpec) -> None:
+        self._opened, self._image = opened, image
+
+    def write(self, offset: int, data: bytes) -> None:
+        with _translated(f"write {self._image} at {offset}"):
+            self._opened.write(data, offset)
+
+
 class LibrbdCluster:
     """See :class:`nova_rbd_snap.ceph.interface.Cluster`."""
 
@@ -117,6 +177,8 @@ class LibrbdCluster:
             "rados_osd_op_timeout": str(timeout_seconds),
             "rbd_default_clone_format": str(clone_format),
             "rbd_move_parent_to_trash_on_remove": "true",
+            # What is read and written here is so once: a cache costs memory, and answers for what is not written yet.
+            "rbd_cache": "false",
         }
         if objects_at_once is not None:
             options["rbd_concurrent_management_ops"] = str(objects_at_once)
@@ -337,6 +399,26 @@ class LibrbdCluster:
             rbd.RBD().create(ioctx, image.name, len(data), old_format=False, features=self._clone_features())
             with rbd.Image(ioctx, image.name) as opened:
                 opened.write(data, 0)
+
+    def create_blank(self, image: ImageSpec, size_bytes: int, data_pool: Optional[str]) -> str:
+        features = self._clone_features()
+        with _translated(f"create {image}"), self._pool(image.pool) as ioctx:
+            rbd.RBD().create(
+                ioctx, image.name, size_bytes, old_format=False, features=features, data_pool=data_pool
+            )
+            return self._id(ioctx, image.name)
+
+    @contextlib.contextmanager
+    def open_snap(self, snap: SnapSpec) -> Iterator[FrozenDisk]:
+        with _translated(f"open {snap}"), self._pool(snap.image.pool) as ioctx:
+            opened = rbd.Image(ioctx, snap.image.name, snapshot=snap.name, read_only=True)
+            with opened:
+                yield FrozenDisk(opened, snap)
+
+    @contextlib.contextmanager
+    def open_blank(self, image: ImageSpec) -> Iterator[BlankDisk]:
+        with self._image(image, f"open {image}") as opened:
+            yield BlankDisk(opened, image)
 
     def clone(self, snap: SnapSpec, dest: ImageSpec, data_pool: Optional[str], *, object_map: bool = True) -> str:
         source = snap.image

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Iterable, Iterator
 
 from nova_rbd_snap.cli.app import Cell, Command, add_glance_pool, glance_pools
-from nova_rbd_snap.conf import BadOption
+from nova_rbd_snap.conf import BadOption, Store
 from nova_rbd_snap.ledger.job import INLINE, POLICIES
 
 
@@ -22,9 +22,12 @@ def mgr_caps(pools: Iterable[str]) -> str:
     return ", ".join(f"profile rbd pool={pool}" for pool in pools)
 
 
-def auth_caps(user: str, writes: list[str], reads: list[str]) -> str:
-    """The command that gives a Ceph user the least that it needs, and takes all else away."""
-    return f"ceph auth caps client.{user} mon 'profile rbd' osd '{osd_caps(writes, reads)}' mgr '{mgr_caps(writes)}'"
+def auth_caps(user: str, writes: list[str], reads: list[str], ceph: str = "ceph") -> str:
+    """The command that gives a Ceph user the least that it needs, and takes all else away.
+
+    :param ceph: how the cluster's administrator calls ``ceph``.
+    """
+    return f"{ceph} auth caps client.{user} mon 'profile rbd' osd '{osd_caps(writes, reads)}' mgr '{mgr_caps(writes)}'"
 
 
 def _reader(text: str) -> tuple[str, str]:
@@ -60,6 +63,9 @@ class Caps(Command):
     def rows(self, parsed_args: argparse.Namespace) -> Iterator[tuple[Cell, ...]]:
         _, settings = self.configuration()
         glance = glance_pools(settings, parsed_args)
+        if not glance and settings.stores:
+            yield from _of_stores(settings.stores)
+            return
         if not glance:
             raise BadOption("which pool is Glance's? Set [rbd_snap] glance_pool, or name it with --glance-pool")
         images = [*glance, *filter(None, [settings.glance_data_pool])]
@@ -69,3 +75,12 @@ class Caps(Command):
         yield parsed_args.glance_user, auth_caps(parsed_args.glance_user, images, shared)
         for user, pool in parsed_args.reader:
             yield user, auth_caps(user, [pool], [*images, *shared])
+        yield from _of_stores(settings.stores)
+
+
+def _of_stores(stores: Iterable[Store]) -> Iterator[tuple[Cell, ...]]:
+    """Of the users that copies are made as, in their own clusters."""
+    for store in stores:
+        if store.ceph_user:
+            pools = [store.pool, *filter(None, [store.data_pool])]
+            yield store.ceph_user, auth_caps(store.ceph_user, pools, [], f"ceph --conf {store.ceph_conf}")

@@ -93,7 +93,7 @@ class Sweep(Command):
 class JobList(Command):
     """List what the ledger holds: snapshots under way, and what is left of those that came to no end."""
 
-    columns = ("ID", "Kind", "Step", "Disk", "Host", "Cloud", "Client", "Hours", "Left")
+    columns = ("ID", "Kind", "Step", "Percent", "Disk", "Host", "Cloud", "Client", "Hours", "Left")
 
     def rows(self, parsed_args: argparse.Namespace) -> Iterator[tuple[Cell, ...]]:
         _, settings = self.configuration()
@@ -103,9 +103,9 @@ class JobList(Command):
             hours = round((time.time() - job.created) / 3600, 1)
             owner = job.owner
             whose = owner.host, owner.cloud, owner.client
-            yield job.id, job.kind, job.step, str(job.disk), *whose, hours, "; ".join(job.failures)
+            yield job.id, job.kind, job.step, job.percent, str(job.disk), *whose, hours, "; ".join(job.failures)
         for key, why in contents.strange.items():
-            yield key, "strange record", "", "", "", "", "", "", f"never touched: {why}"
+            yield key, "strange record", "", "", "", "", "", "", "", f"never touched: {why}"
 
 
 class JobReclaim(Command):
@@ -136,10 +136,10 @@ class JobReclaim(Command):
         for job_id in dict.fromkeys(parsed_args.ids):
             try:
                 became = engine.end(job_id, conf.cloud(nova_conf))
-            except errors.Unreachable:
-                raise  # so is the next one's
-            except errors.SnapError as error:  # the next one may fare better
-                self.stays()
+            except errors.SnapError as error:
+                if isinstance(error, errors.Unreachable) and not isinstance(error, errors.StoreSilent):
+                    raise  # so is the next one's
+                self.stays()  # the next one may fare better
                 yield job_id, "none" if isinstance(error, errors.NoRecord) else "kept", error.report()
             else:
                 yield job_id, became, ""

@@ -58,7 +58,7 @@ def main() -> None:
     # Ctrl-C reaches the whole process group; nova-compute ends, and the end of the socket ends this one in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     server.send({"version": wire.VERSION})
-    engine.upkeep.start()
+    engine.start()
     server.serve(engine)
 
 

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Optional
 
 from nova_rbd_snap import errors
@@ -204,6 +204,10 @@ class EngineClient:
                 self._call("reserve_clone", image_id=image_id, disk=disk, dest_pool=dest_pool, flatten=flatten)
             )
 
+    def reserve_copy(self, image_id: str, disk: str, store: str) -> str:
+        with self._reserving(image_id):
+            return str(self._call("reserve_copy", image_id=image_id, disk=disk, store=store))
+
     def reserve_freeze(self, job_id: str, disk: str) -> str:
         with self._reserving(job_id):
             return str(self._call("reserve_freeze", job_id=job_id, disk=disk))
@@ -211,6 +215,16 @@ class EngineClient:
     def perform(self, job_id: str, snap_before: Optional[float], report: Report) -> None:
         with self._holding(job_id):
             self._call("perform", report, job_id=job_id, snap_before=snap_before)
+
+    def upload(self, job_id: str, disk: str, target: Mapping[str, Any], report: Report) -> dict[str, Any]:
+        return dict(self._call("upload", report, job_id=job_id, disk=disk, target=target))
+
+    def upload_file(
+        self, server: str, path: str, disk_format: str, target: Mapping[str, Any], report: Report
+    ) -> dict[str, Any]:
+        return dict(
+            self._call("upload_file", report, server=server, path=path, disk_format=disk_format, target=target)
+        )
 
     def distrust(self, image_id: str) -> None:
         self._call("distrust", image_id=image_id)

@@ -28,16 +28,20 @@ class Connection:
     @contextlib.contextmanager
     def use(self) -> Iterator[Cluster]:
         """:raises errors.SnapError: there is none, and none can be made."""
-        asked = time.monotonic()
-        with self._connecting:
-            if self._cluster is None:
-                self._cluster = self._made(asked)
-            cluster = self._cluster
+        cluster = self.cluster()
         try:
             yield cluster
         except errors.Blocklisted:
             self.drop(cluster)
             raise
+
+    def cluster(self) -> Cluster:
+        """As it is now. :raises errors.SnapError: there is none, and none can be made."""
+        asked = time.monotonic()
+        with self._connecting:
+            if self._cluster is None:
+                self._cluster = self._made(asked)
+            return self._cluster
 
     def _made(self, asked: float) -> Cluster:
         """A new one; whoever has waited for an attempt that failed makes none of their own."""

@@ -12,14 +12,16 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Callable, Optional
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster, SnapInfo
-from nova_rbd_snap.conf import Settings
-from nova_rbd_snap.engine import Report, cloning, unheard
+from nova_rbd_snap.conf import Settings, Store
+from nova_rbd_snap.copy import nbd
+from nova_rbd_snap.copy.progress import Progress
+from nova_rbd_snap.engine import Report, cloning, copying, unheard
 from nova_rbd_snap.engine.connection import Connection
 from nova_rbd_snap.engine.notices import Notices
 from nova_rbd_snap.engine.ownership import Ownership
@@ -31,16 +33,18 @@ from nova_rbd_snap.ledger.job import (
     AT_WORK,
     BACKGROUND_KINDS,
     CLONE,
+    COPY,
     FLATTEN,
     FREEZE,
     INLINE,
     QUEUED,
     Job,
     Owner,
+    copy_id,
 )
 from nova_rbd_snap.ledger.store import OBJECT, Ledger
 from nova_rbd_snap.snapshot import saga, steps
-from nova_rbd_snap.specs import ImageSpec
+from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, Location
 
 LOG = logging.getLogger(__name__)
 
@@ -52,7 +56,7 @@ _LOOK_SECONDS = 1.0
 class Work:
     """A job at work in this engine.
 
-    :ivar disk: name of the disk, where the work can be cancelled.
+    :ivar disk: where the work can be cancelled, what begins with the server's uuid.
     :ivar cancelled: set once it shall stop.
     :ivar moved: when there last was progress, by the monotonic clock.
     """
@@ -82,7 +86,9 @@ class Engine:
         held: Iterable[str] = (),
         connect: Callable[[], Cluster],
         connect_to_work: Optional[Callable[[], Cluster]] = None,
+        connect_to_store: Optional[Callable[[Store], Cluster]] = None,
         images: jobs.Images,
+        uploads: Optional[copying.Uploads] = None,
         scratch: Optional[readers.ScratchImages] = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -91,18 +97,23 @@ class Engine:
         :param held: ids of the jobs of the same nova-compute's earlier engine, which it still has the say about.
         :param connect: makes a new connection to the cluster.
         :param connect_to_work: the same for work in the background, which leaves others more room.
+        :param connect_to_store: the same for the cluster of a store of Glance's.
         :param images: Glance, asked with the service's own credentials.
-        :param scratch: the same, to see what it can read; None where nobody asks.
+        :param uploads: Glance as it is sent copies; None where nobody sends any.
+        :param scratch: the same as *images*, to see what it can read; None where nobody asks.
         """
         self._settings = settings
         self._owner = owner
         self._images = images
+        self._uploads = uploads
+        self._stores = copying.Stores(settings.stores if connect_to_store else (), connect_to_store or _no_store)
+        self._limits = copying.limits(settings)
         self._clock = clock
         self._notices = Notices()
         self._connection = Connection(connect)
         self._ownership = Ownership(owner, settings.pool)
         self._flattenings = cloning.Flattenings(settings, self._notices)
-        #: What is done though nobody calls for it; it begins with ``upkeep.start``.
+        #: What is done though nobody calls for it; it begins with :meth:`start`.
         self.upkeep = Upkeep(
             settings,
             owner,
@@ -122,6 +133,11 @@ class Engine:
         self._reserved: dict[str, tuple[Job, Cluster]] = {}
         self._stopping = False
         self._orphaned = False
+
+    def start(self) -> None:
+        """Begin what nobody calls for, where there is any: in Ceph."""
+        if self._settings.in_ceph:
+            self.upkeep.start()
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
@@ -188,9 +204,105 @@ class Engine:
             data_pool = cloning.data_pool(cluster, self._settings, dest, info)
             policy = self._flattenings.policy(cluster, source, dest, info, flatten or self._settings.flatten)
             job = self._job(cluster, image_id, CLONE, source, dest=dest, data_pool=data_pool, flatten=policy)
-            location = jobs.location(job, saga.Run(cluster))  # asked first: once the job is reserved nothing may fail
+            # Asked first: once the job is reserved nothing may fail.
+            location = jobs.location(job, self._run(job, cluster))
             self._reserve(cluster, job)
             return location
+
+    def reserve_copy(self, image_id: str, disk: str, store: str) -> str:
+        """Write down that the server's disk is to be copied into a store of Glance's as *image_id*.
+
+        As :meth:`reserve_clone`.
+
+        :param store: its name, see ``conf.Settings.stores``.
+        :raises errors.StoreSilent: its cluster does not answer; nothing was changed.
+        """
+        there = self._stores.store(store)
+        source, dest = ImageSpec(self._settings.pool, disk), ImageSpec(there.pool, image_id)
+        with self._losing(store), steps.of_store(store):
+            far = self._stores.cluster(store)
+            if not far.has_pool(dest.pool):
+                raise errors.Refused(f"cluster {far.fsid()} of store {store!r} has no pool {dest.pool!r}")
+            if far.exists(dest):
+                raise errors.AlreadyThere(f"{dest} exists already in store {store!r} and is left alone")
+            data_pool = there.data_pool or far.usual_data_pool(dest.pool)
+            location = Location(far.fsid(), dest.snap(GLANCE_SNAP))
+        with self._connection.use() as cluster:
+            copying.refuse_uncopyable(source, cluster.lookup(source))
+            job = self._job(cluster, image_id, COPY, source, dest=dest, data_pool=data_pool, store=store)
+            self._reserve(cluster, job)
+            return location.url
+
+    @contextlib.contextmanager
+    def _losing(self, store: str) -> Iterator[None]:
+        """Within the block it is the store's cluster that does not answer, if one does not."""
+        try:
+            yield
+        except errors.StoreSilent:
+            self._stores.drop(store)
+            raise
+
+    def upload(self, job_id: str, disk: str, target: Mapping[str, Any], report: Report) -> dict[str, Any]:
+        """Send what :meth:`reserve_freeze` and :meth:`perform` froze to Glance.
+
+        The frozen snapshot stays: nova-compute has the say about it.
+
+        :param disk: that was frozen.
+        :param target: a :class:`nova_rbd_snap.engine.copying.Target`.
+        :returns: ``format``, and as bytes ``allocated`` and ``sent``.
+        :raises errors.SnapError: as :class:`nova_rbd_snap.engine.copying.Uploads` says.
+        """
+        if self._uploads is None:
+            raise errors.Refused("this engine uploads nothing")
+        with self._connection.use() as cluster, self._at_work(job_id, disk) as work:
+            ledger = self._ledger(cluster)
+            job = self._ownership.adopt(ledger.load(job_id), cluster)
+            noted = work.noting(report)
+
+            def note(percent: int) -> None:
+                nonlocal job
+                job = ledger.advance(job, percent=percent)
+
+            to = copying.Target(**target)
+            progress = Progress(f"Uploading {job.snap} as image {to.image_id}", note)
+
+            def on_progress(done: int, total: int) -> bool:
+                noted("upload", done, total)
+                progress.moved(done, total)
+                return not (self._stopping or work.cancelled.is_set() or job_id not in self._held)
+
+            with cluster.open_snap(job.snap) as source:
+                return copying.Upload(self._uploads, self._limits, on_progress).send(to, source)
+
+    def upload_file(
+        self, server: str, path: str, disk_format: str, target: Mapping[str, Any], report: Report
+    ) -> dict[str, Any]:
+        """Send the disk of a server that is off, in a file or on a block device of this host, to Glance.
+
+        Nothing is in the ledger of this: where nova-compute dies meanwhile this engine deletes the record.
+
+        :param server: its uuid.
+        :param path: of the file or device.
+        :param disk_format: of its content, ``qcow2`` or ``raw``.
+        :param target: as :meth:`upload`, as what follows.
+        """
+        if self._uploads is None:
+            raise errors.Refused("this engine uploads nothing")
+        to = copying.Target(**target)
+        with self._at_work(copy_id(to.image_id), server) as work:
+            noted, progress = work.noting(report), Progress(f"Uploading {path} as image {to.image_id}", _unnoted)
+
+            def on_progress(done: int, total: int) -> bool:
+                noted("upload", done, total)
+                progress.moved(done, total)
+                return not (self._stopping or work.cancelled.is_set())
+
+            try:
+                with nbd.open_disk(path, disk_format) as source:
+                    return copying.Upload(self._uploads, self._limits, on_progress).send(to, source)
+            finally:
+                if self._orphaned:
+                    self._uploads.give_up(to)
 
     def reserve_freeze(self, job_id: str, disk: str) -> str:
         """Write down that a snapshot of the server's disk is to be taken, for a full copy to read.
@@ -222,9 +334,10 @@ class Engine:
                 if cluster is not reserved_over:
                     job = self._ownership.take_over(job, cluster)
 
-                run = saga.Run(
+                run = self._run(
+                    job,
                     cluster,
-                    work.noting(report),
+                    report=work.noting(report),
                     cancelled=lambda: self._stopping or work.cancelled.is_set() or job_id not in self._held,
                     orphaned=lambda: self._orphaned,
                     too_late=lambda: snap_before is not None and time.monotonic() > snap_before,
@@ -240,6 +353,9 @@ class Engine:
         except errors.Blocklisted as error:
             if error.undo_failures:
                 self._undo_anew(job.id, error, run.cluster)
+            raise
+        except errors.StoreSilent:
+            self._stores.drop(job.store or "")
             raise
 
     def make_flat(self, image_id: str, report: Report) -> bool:
@@ -282,7 +398,7 @@ class Engine:
         with self._leaving(image_id), self._connection.use() as cluster:
             ledger = self._ledger(cluster)
             job = self._ownership.adopt(ledger.load(image_id), cluster)
-            jobs.finish(job, ledger, saga.Run(cluster))
+            jobs.finish(job, ledger, self._run(job, cluster))
             if job.flatten != INLINE:
                 self._relieve(job, cluster, ledger)
         self.upkeep.look_for_work()
@@ -327,6 +443,8 @@ class Engine:
         for job_id in busy:
             LOG.warning("Job %s does not stop; it will be undone, but its server's disk may outlive the server", job_id)
         undone, failure = set(running) - busy, None
+        if not self._settings.in_ceph:
+            return sorted(undone)
         for job in self._connection.ask(lambda cluster: self._ledger(cluster).read()).jobs:
             if not job.disk.name.startswith(server) or job.id in busy or steps.lets_go(job):
                 continue
@@ -356,8 +474,9 @@ class Engine:
     def _give_up(self, job_id: str, report: Report) -> None:
         is_held = job_id in self._held
         with self._leaving(job_id), self._connection.use() as cluster:
-            ledger, run = self._ledger(cluster), saga.Run(cluster, report)
+            ledger = self._ledger(cluster)
             job = self._ownership.take_over(ledger.load(job_id), cluster)
+            run = self._run(job, cluster, report=report)
             if is_held:
                 jobs.undo(job, ledger, run)
             else:
@@ -418,7 +537,7 @@ class Engine:
                 return "queued"
             job = self._ownership.take_over(theirs, cluster)
             try:
-                jobs.conclude(job, ledger, saga.Run(cluster), self._images)
+                jobs.conclude(job, ledger, self._run(job, cluster), self._images)
             except BaseException:  # the operator's patience has an end, too
                 # Its own nova-compute, where there is one, goes on trying.
                 with contextlib.suppress(errors.SnapError):
@@ -479,7 +598,8 @@ class Engine:
                 job = ledger.load(job.id)
                 if self._stopping or job.id in self._held or not self._ownership.is_mine(job):
                     return None
-                jobs.conclude(self._ownership.take_over(job, cluster), ledger, saga.Run(cluster), images)
+                job = self._ownership.take_over(job, cluster)
+                jobs.conclude(job, ledger, self._run(job, cluster), images)
         except errors.NoRecord:
             return None
         except Exception as error:  # the next job may fare better
@@ -524,6 +644,8 @@ class Engine:
 
         Not what another engine has taken over meanwhile: there is a new nova-compute, and it knows better.
         """
+        if not self._settings.in_ceph:
+            return
         found = self._connection.ask(lambda cluster: self._ledger(cluster).read()).jobs
         ours = [job for job in _requests(found) if self._ownership.is_of_this_life(job)]
         for job, failure in self._in_turn(ours, self._settle):
@@ -535,7 +657,7 @@ class Engine:
             with self._connection.use() as cluster:
                 ledger = self._ledger(cluster)
                 job = self._ownership.adopt(ledger.load(job.id), cluster)
-                jobs.conclude(ledger.advance(job, orphaned=True), ledger, saga.Run(cluster), images)
+                jobs.conclude(ledger.advance(job, orphaned=True), ledger, self._run(job, cluster), images)
         except errors.NoRecord:
             return None
         except Exception as error:  # the next job may fare better
@@ -543,6 +665,11 @@ class Engine:
         return None
 
     # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _run(self, job: Job, cluster: Cluster, **more: Any) -> saga.Run:
+        """What the steps of *job* work with."""
+        to_store = functools.partial(self._stores.cluster, job.store) if job.store is not None else None
+        return saga.Run(cluster, to_store=to_store, limits=self._limits, **more)
 
     def _ledger(self, cluster: Cluster) -> Ledger:
         return Ledger(cluster, self._settings.pool)
@@ -610,7 +737,7 @@ class Engine:
                 job = self._ownership.adopt(ledger.load(job_id), cluster)
             except errors.NoRecord:
                 return False
-            jobs.undo(job, ledger, saga.Run(cluster, report))
+            jobs.undo(job, ledger, self._run(job, cluster, report=report))
         return True
 
     def _undo_anew(self, job_id: str, error: errors.Blocklisted, lost: Cluster) -> None:
@@ -622,6 +749,14 @@ class Engine:
             error.undo_failures = failure.undo_failures or [str(failure)]
         else:
             error.undo_failures = []
+
+
+def _no_store(store: Store) -> Cluster:
+    raise errors.Refused(f"this engine copies nothing to store {store.name!r}")
+
+
+def _unnoted(percent: int) -> None:
+    """Where nothing writes down how far a copy is."""
 
 
 def _requests(jobs_found: Iterable[Job]) -> Iterator[Job]:

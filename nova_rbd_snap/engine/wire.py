@@ -17,7 +17,7 @@ import struct
 from typing import Any, Optional
 
 #: Of this protocol. Two ends that differ do not talk: a package was upgraded under a running nova-compute.
-VERSION = 2
+VERSION = 3
 
 _LENGTH = struct.Struct(">I")
 _LONGEST_BYTES = 16 * 1024 * 1024

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster
-from nova_rbd_snap.conf import Settings
+from nova_rbd_snap.conf import Settings, Store
+from nova_rbd_snap.engine.copying import Target
 from nova_rbd_snap.engine.service import Engine
 from nova_rbd_snap.flatten.readers import ScratchImages
 from nova_rbd_snap.janitor.jobs import Images
 from nova_rbd_snap.ledger.job import Owner
 
 if TYPE_CHECKING:
-    from nova_rbd_snap.openstack.glance import Glance
+    from nova_rbd_snap.openstack.glance import Glance, Record
     from nova_rbd_snap.openstack.servers import Servers
 
 
@@ -55,6 +56,18 @@ def connect(settings: Settings, objects_at_once: Optional[int] = None) -> Cluste
     )
 
 
+def connect_to_store(settings: Settings, store: Store) -> Cluster:
+    """A new connection to the cluster of a store of Glance's, as the Ceph user for that."""
+    from nova_rbd_snap.ceph.librbd import LibrbdCluster
+
+    return LibrbdCluster(
+        conf=store.ceph_conf,
+        user=store.ceph_user,
+        timeout_seconds=settings.operation_timeout,
+        clone_format=settings.clone_format,
+    )
+
+
 def glance(nova_conf: Any, settings: Settings) -> Glance:
     """Glance as the service's user. :raises errors.GlanceError: it cannot be asked, or not about every image."""
     from nova_rbd_snap.openstack import keystone
@@ -72,7 +85,8 @@ def nova(nova_conf: Any, settings: Settings) -> Servers:
 class _Glance:
     """Glance as the engine asks it; nothing that it takes is imported before the first question.
 
-    See :class:`nova_rbd_snap.janitor.jobs.Images` and :class:`nova_rbd_snap.flatten.readers.ScratchImages`.
+    See :class:`nova_rbd_snap.janitor.jobs.Images`, :class:`nova_rbd_snap.engine.copying.Uploads` and
+    :class:`nova_rbd_snap.flatten.readers.ScratchImages`.
     """
 
     def __init__(self, nova_conf: Any, settings: Settings) -> None:
@@ -90,6 +104,46 @@ class _Glance:
 
         timeout = self._settings.operation_timeout
         return scratch.ScratchImages(lambda: glance(self._nova_conf, self._settings), timeout)
+
+    def store_type(self) -> Optional[str]:
+        return glance(self._nova_conf, self._settings).store_type()
+
+    def send(
+        self,
+        target: Target,
+        length: int,
+        chunks: Callable[[], Generator[bytes, None, None]],
+        waiting: Callable[[], object],
+    ) -> None:
+        from nova_rbd_snap.openstack import keystone, upload
+        from nova_rbd_snap.openstack.glance import repeat
+
+        as_user = keystone.glance_with_access(self._nova_conf, target.access, self._settings)
+
+        def read(image_id: str) -> Record:
+            try:
+                return as_user.record(image_id)
+            except errors.NotAuthorized:  # Glance may have taken all of it before the token expired
+                return glance(self._nova_conf, self._settings).record(image_id)
+
+        timeout = self._settings.operation_timeout
+        properties = {**target.properties, "disk_format": target.disk_format}
+        repeat(as_user.set_properties, target.image_id, properties, timeout_seconds=timeout)
+        upload.upload(
+            as_user,
+            target.image_id,
+            lambda: upload.Body(length, chunks(), upload.USUAL_ALGORITHM),
+            attempts=self._settings.copy_attempts,
+            timeout_seconds=timeout,
+            read=read,
+            waiting=waiting,
+        )
+
+    def give_up(self, target: Target) -> None:
+        from nova_rbd_snap.openstack import keystone, upload
+
+        as_user = keystone.glance_with_access(self._nova_conf, target.access, self._settings)
+        upload.give_up(as_user, target.image_id, timeout_seconds=self._settings.operation_timeout)
 
     def uses(self, image_id: str, url: str) -> Optional[bool]:
         return self._images.uses(image_id, url)
@@ -118,6 +172,8 @@ def engine(nova_conf: Any, settings: Settings, owner: Callable[[str], Owner], he
         held=held,
         connect=lambda: connect(settings),
         connect_to_work=lambda: connect(settings, _FLATTEN_OBJECTS),
+        connect_to_store=functools.partial(connect_to_store, settings),
         images=asked,
+        uploads=asked,
         scratch=asked,
     )

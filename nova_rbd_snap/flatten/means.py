@@ -8,7 +8,8 @@ import time
 from typing import Callable, Optional, Protocol
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.ceph.interface import Cluster, FlattenTask, OnProgress
+from nova_rbd_snap.ceph.interface import Cluster, FlattenTask
+from nova_rbd_snap.copy.extents import OnProgress
 from nova_rbd_snap.specs import ImageSpec
 from nova_rbd_snap.workers.worker import Current
 

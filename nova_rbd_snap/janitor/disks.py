@@ -111,7 +111,7 @@ def _free(disk: ImageSpec, snap: SnapInfo, run: Run, at_work: Container[str]) ->
     if children and not _is_ours(snap.name):
         yield f"snapshot {snap.name} with its clones {', '.join(map(str, children))}"
     elif snap.trashed or _is_nobodys(snap.name):
-        steps.remove_snap(disk.snap(snap.name), snap, run)
+        steps.remove_snap(disk.snap(snap.name), snap, run.cluster)
     else:
         yield f"snapshot {snap.name}"
 

@@ -36,7 +36,7 @@ class Images(Protocol):
 
 def location(job: Job, run: saga.Run) -> str:
     """The URL under which Glance would know the job's image; empty for a job that makes none."""
-    return Location(run.cluster.fsid(), job.dest.snap(GLANCE_SNAP)).url if job.dest else ""
+    return Location(run.dest.fsid(), job.dest.snap(GLANCE_SNAP)).url if job.dest else ""
 
 
 class Unasked:
@@ -63,7 +63,7 @@ def finish(job: Job, ledger: Ledger, run: saga.Run) -> None:
     if job.step == steps.READY and job.flatten == NEVER:
         ledger.forget(job)
         return
-    before_clone = itertools.takewhile(lambda step: not isinstance(step, steps.Clone), steps.started(job))
+    before_clone = itertools.takewhile(lambda step: not isinstance(step, steps.Making), steps.started(job))
     _close(job, saga.undo(job, tuple(before_clone), run), ledger)
 
 
@@ -117,9 +117,9 @@ def _is_in_use(job: Job, run: saga.Run, ask: Ask) -> bool:
     :raises errors.InDoubt: that cannot be known.
     """
     steps_started = steps.started(job)
-    if job.dest is None or not any(isinstance(step, steps.Clone) for step in steps_started):
+    if job.dest is None or not any(isinstance(step, steps.Making) for step in steps_started):
         return False
-    if not run.cluster.exists(job.dest):
+    if not run.dest.exists(job.dest):
         return False
     answer, why = _ask_about(job, run, ask)
     if answer is None and not steps.is_unfinished(job, run):

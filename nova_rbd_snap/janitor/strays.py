@@ -46,7 +46,7 @@ def _remove_snap(scene: Scene, spec: SnapSpec, snap_id: int) -> None:
     run = Run(scene.cluster)
     for snap in scene.cluster.snaps(spec.image):
         if snap.id == snap_id:
-            steps.remove_snap(spec, snap, run)
+            steps.remove_snap(spec, snap, run.cluster)
     if any(snap.id == snap_id for snap in scene.cluster.snaps(spec.image)):
         raise errors.CephError(f"{spec} was removed, but is still there")
 

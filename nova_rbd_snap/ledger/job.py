@@ -15,10 +15,11 @@ from nova_rbd_snap.specs import UUID, ImageSpec, SnapSpec, client_address
 #: Version of the record's format. A record of a newer one is kept and never touched.
 VERSION = 1
 
-#: Kinds of job: a clone that becomes a Glance image; a frozen snapshot that Nova's full copy reads; a clone that is a
-#: Glance image already, and is to be flattened; the disk of a deleted server, in the trash; the question whether Glance
-#: can read an image that is not flat.
+#: Kinds of job: a clone that becomes a Glance image; a copy in a store of Glance's that becomes one; a frozen snapshot
+#: that an upload or Nova's full copy reads; a clone that is a Glance image already, and is to be flattened; the disk of
+#: a deleted server, in the trash; the question whether Glance can read an image that is not flat.
 CLONE = "clone"
+COPY = "copy"
 FREEZE = "freeze"
 FLATTEN = "flatten"
 PURGE = "purge"
@@ -40,6 +41,7 @@ SNAP_PREFIX = "nova-rbd-snap-"
 #: can name nothing for removal that is not named like an image; and what a server's disk looks like.
 _IDS = {
     CLONE: re.compile(f"({UUID})"),
+    COPY: re.compile(f"({UUID})"),
     FREEZE: re.compile(f"({UUID})-copy"),
     FLATTEN: re.compile(f"({UUID})"),
     PURGE: re.compile("([0-9a-f]+)-purge"),
@@ -96,8 +98,9 @@ class Job:
     :ivar created: seconds since the epoch.
     :ivar snap_id: id of the snapshot of the disk, once known.
     :ivar flatten: which of :data:`POLICIES` the clone was made by; of a probe, whether others may be made but INLINE.
-    :ivar dest: the clone, also the Glance image's name in Glance's pool. None for a freeze.
-    :ivar dest_id: id of the clone. Only set when ``clone`` returned, so the link to the parent was whole.
+    :ivar dest: the clone or copy, also the Glance image's name in Glance's pool. None for a freeze.
+    :ivar dest_id: its id. Only set when ``clone`` returned, so the link to the parent was whole.
+    :ivar store: of a copy, the name of the store of Glance's that *dest* is in; see ``conf.Settings.stores``.
     :ivar orphaned: the nova-compute that was asked for the image is no more, so nobody else looks after its record.
     :ivar failures: what could not be undone, or done, for people.
     :ivar slot: number of the lease under which the owner is at work, or was.
@@ -119,6 +122,7 @@ class Job:
     step: str
     flatten: str = INLINE
     dest: Optional[ImageSpec] = None
+    store: Optional[str] = None
     data_pool: Optional[str] = None
     snap_id: Optional[int] = None
     dest_id: Optional[str] = None
@@ -216,6 +220,7 @@ class Job:
             ("snap_id", self.snap_id, (int, type(None))),
             ("dest_id", self.dest_id, (str, type(None))),
             ("data_pool", self.data_pool, (str, type(None))),
+            ("store", self.store, (str, type(None))),
             ("task", self.task, (str, type(None))),
             ("flat_at", self.flat_at, (int, float, type(None))),
         ):
@@ -234,6 +239,8 @@ class Job:
             raise ValueError(f"{self.disk} is no server's disk")
         if (self.kind in (FREEZE, PURGE)) != (self.dest is None):
             raise ValueError(f"a {self.kind} to {self.dest}")
+        if (self.kind == COPY) != (self.store is not None):
+            raise ValueError(f"a {self.kind} to store {self.store!r}")
         if self.dest is not None and not self._fits(self.dest):
             raise ValueError(f"{self.dest} is not named like the image of {self.id}")
         if not all(isinstance(failure, str) for failure in self.failures):

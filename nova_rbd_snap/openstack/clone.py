@@ -19,6 +19,7 @@ class Engine(Protocol):
     """An engine: nova-compute's, in a process of its own, or one in this process."""
 
     def reserve_clone(self, image_id: str, disk: str, dest_pool: str, flatten: Optional[str] = None) -> str: ...
+    def reserve_copy(self, image_id: str, disk: str, store: str) -> str: ...
     def reserve_freeze(self, job_id: str, disk: str) -> str: ...
     def perform(self, job_id: str, snap_before: Optional[float], report: Report) -> None: ...
     def make_flat(self, image_id: str, report: Report) -> bool: ...
@@ -41,6 +42,11 @@ def make(
     :raises errors.SnapError: nothing is left of the attempt but what ``undo_failures`` says.
     """
     return _take(engine, image_id, lambda: engine.reserve_clone(image_id, disk, dest_pool, flatten), perform)
+
+
+def copy(engine: Engine, image_id: str, disk: str, store: str, perform: Perform) -> str:
+    """As :func:`make`, but copy it into a store of Glance's, by its name."""
+    return _take(engine, image_id, lambda: engine.reserve_copy(image_id, disk, store), perform)
 
 
 def freeze(engine: Engine, job_id: str, disk: str, perform: Perform) -> str:

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import threading
-import time
-import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Callable, Optional
+from dataclasses import dataclass
+from typing import Any, Optional
 
 from nova import exception
 from nova.compute import power_state, task_states
@@ -23,20 +20,14 @@ from nova.virt.libvirt import utils as libvirt_utils
 from oslo_log import log as logging
 
 from nova_rbd_snap import conf, errors
-from nova_rbd_snap.ledger.job import BACKGROUND, NEVER, copy_id
-from nova_rbd_snap.openstack import clone, imagebackend, images, policy, process, registration
-from nova_rbd_snap.openstack.beside import Beside
-from nova_rbd_snap.openstack.glance import Glance
+from nova_rbd_snap.ledger.job import copy_id
+from nova_rbd_snap.openstack import imagebackend, process
 from nova_rbd_snap.openstack.guest import Guest, thaw_all
 from nova_rbd_snap.openstack.ondisks import OnDisks
+from nova_rbd_snap.openstack.requests import OfDiskInCeph, OfDiskInFile, Request, UpdateTaskState
 
 CONF = process.CONF
 LOG = logging.getLogger(__name__)
-
-UpdateTaskState = Callable[..., None]
-
-#: Seconds between two looks at whether a server that is being shelved is to be deleted.
-_LOOK_SECONDS = 5.0
 
 _REBUILDS = (task_states.REBUILDING, task_states.REBUILD_BLOCK_DEVICE_MAPPING, task_states.REBUILD_SPAWNING)
 
@@ -61,6 +52,8 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
             return False
         for reason in conf.reasons_for_no_clone(CONF):
             LOG.warning("nova-rbd-snap will not clone: %s", reason)
+        if no_copy := conf.reason_for_no_copy(CONF):
+            LOG.warning("nova-rbd-snap will not copy: %s", no_copy)
         for reason in conf.reasons_for_inline(CONF):
             LOG.warning("nova-rbd-snap flattens at once: %s", reason)
         return True
@@ -111,11 +104,11 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
                     request.drop_record()
                 raise
 
-    def _climb(self, request: _Request) -> None:
+    def _climb(self, request: Request) -> None:
         """Try the ways in order; returns once one has made the image active."""
         image_id, instance = request.image_id, request.instance
-        ways = {"clone": request.clone, "nova": lambda: self._full_copy(request)}
-        *first, last = CONF.rbd_snap.ways
+        ways = {"clone": request.clone, "copy": request.copy, "nova": lambda: self._nova(request)}
+        *first, last = [way for way in CONF.rbd_snap.ways if way in request.ways]
         try:
             for way in first:
                 try:
@@ -126,7 +119,8 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
                     error = errors.known(cause)
                     if not error.may_fall_back:
                         raise
-                    LOG.warning(
+                    LOG.log(
+                        logging.INFO if isinstance(error, errors.RuledOut) else logging.WARNING,
                         "Snapshot to image %s: the way '%s' failed and the next is tried: %s",
                         image_id, way, error.report(), instance=instance,
                     )
@@ -145,38 +139,48 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
 
     def _request(
         self, context: Any, instance: Any, image_id: str, update_task_state: UpdateTaskState
-    ) -> Optional[_Request]:
-        """The request as ours to handle; None where it is Nova's own: we are off, or the disk is not in Ceph."""
+    ) -> Optional[Request]:
+        """The request as ours to handle; None where it is Nova's own: we are off, or have no way for such a disk."""
         if not (self._usable and CONF.rbd_snap.enabled):
             return None
         try:
             guest = self._host.get_guest(instance)
         except exception.InstanceNotFound as error:
             raise exception.InstanceNotRunning(instance_id=instance.uuid) from error
-        path, _ = libvirt_utils.find_disk(guest)
-        if libvirt_utils.get_disk_type_from_path(path) != "rbd":
-            return None
-        try:
-            disk = self.image_backend.by_libvirt_path(instance, path, image_type="rbd")
-        except exception.InvalidDevicePath:
-            return None
-        metadata = self._create_snapshot_metadata(instance.image_meta, instance, "raw", None)
-        return _Request(
-            context,
-            instance,
-            guest,
-            image_id,
-            update_task_state,
-            disk,
-            metadata,
-            Guest(self, context, instance, guest),
-            self._on_disks,
-            instance.task_state == task_states.SHELVING,
-        )
+        path, disk_format = libvirt_utils.find_disk(guest)
+        place = libvirt_utils.get_disk_type_from_path(path)
+        common = {
+            "context": context,
+            "instance": instance,
+            "guest": guest,
+            "image_id": image_id,
+            "update_task_state": update_task_state,
+            "metadata": self._create_snapshot_metadata(instance.image_meta, instance, "raw", None),
+            "on_disks": self._on_disks,
+            "is_shelving": instance.task_state == task_states.SHELVING,
+        }
+        if place == "rbd":
+            try:
+                disk = self.image_backend.by_libvirt_path(instance, path, image_type="rbd")
+            except exception.InvalidDevicePath:
+                return None
+            return OfDiskInCeph(disk=disk, still=Guest(self, context, instance, guest), **common)
+        is_off = guest.get_power_state(self._host) == power_state.SHUTDOWN
+        if is_off and place in (None, "lvm") and disk_format in (conf.RAW, conf.QCOW2) and "copy" in CONF.rbd_snap.ways:
+            return OfDiskInFile(path=path, disk_format=disk_format, **common)
+        return None
 
-    def _full_copy(self, request: _Request) -> None:
-        """Nova's own full copy, from a frozen snapshot where one can be taken."""
+    def _nova(self, request: Request) -> None:
+        """The way 'nova': Nova's own full copy."""
         request.await_announced()
+        if isinstance(request, OfDiskInCeph):
+            self._full_copy(request)
+        else:
+            super().snapshot(request.context, request.instance, request.image_id, request.task_states_for_nova())
+        LOG.info("Snapshot to image %s: copied in full by Nova", request.image_id, instance=request.instance)
+
+    def _full_copy(self, request: OfDiskInCeph) -> None:
+        """From a frozen snapshot where one can be taken."""
         job_id = copy_id(request.image_id)
         snap = request.freeze_disk(job_id)
         try:
@@ -186,7 +190,6 @@ class LibvirtDriver(libvirt_driver.LibvirtDriver):
         finally:
             if snap is not None:
                 request.release_disk(job_id)
-        LOG.info("Snapshot to image %s: copied in full by Nova", request.image_id, instance=request.instance)
 
     def _needs_suspend_resume_for_snapshot(self, live_snapshot: bool, current_power_state: int) -> bool:
         """See Nova. A copy that reads a frozen snapshot lets the guest be."""
@@ -309,210 +312,6 @@ class Suspension:
 
 #: The suspension that Nova made for the copy of the running request, and has not ended.
 _suspension: contextvars.ContextVar[Optional[Suspension]] = contextvars.ContextVar("suspension", default=None)
-
-
-@dataclass
-class _Request:
-    """One snapshot request on a disk in Ceph.
-
-    :ivar metadata: as Nova makes it for the image record.
-    :ivar still: what the snapshot needs of *guest*.
-    :ivar is_shelving: of a server, not for its own sake.
-    :ivar steps: each step's name, and when it began.
-    """
-
-    context: Any
-    instance: Any
-    guest: Any
-    image_id: str
-    update_task_state: UpdateTaskState
-    disk: imagebackend.Rbd
-    metadata: dict[str, Any]
-    still: Guest
-    on_disks: OnDisks
-    is_shelving: bool
-    steps: list[tuple[str, float]] = field(default_factory=list)
-    _announcing: Optional[Beside] = None
-
-    @contextlib.contextmanager
-    def announcing(self) -> Iterator[None]:
-        """Within the block the task states' two transitions are made beside the work: each asks the conductor.
-
-        None is made after it, when Nova's manager has the say again.
-        """
-        self._announcing = Beside("nova-rbd-snap-states", self._announce)
-        with self._announcing:
-            yield
-
-    def _announce(self) -> None:
-        self.update_task_state(task_state=task_states.IMAGE_PENDING_UPLOAD)
-        self.update_task_state(task_state=task_states.IMAGE_UPLOADING, expected_state=task_states.IMAGE_PENDING_UPLOAD)
-
-    def await_announced(self) -> None:
-        """Return when the transitions are made. :raises Exception: Nova's, as a rule because the server is going."""
-        if self._announcing is not None:
-            self._announcing.wait()
-
-    def clone(self) -> None:
-        """The way 'clone': returns when the image is active."""
-        for reason in conf.reasons_for_no_clone(CONF):
-            raise errors.Refused(reason)
-        if _has_encrypted_disk(self.guest.get_xml_desc()):
-            raise errors.Refused("the server's disk is encrypted")
-        started = time.monotonic()
-        timeout = {"timeout_seconds": CONF.rbd_snap.operation_timeout}
-        glance = images.glance_for(self.context)
-        prepare = registration.preparation(glance, self.image_id, images.properties(self.metadata), **timeout)
-        with Beside("nova-rbd-snap-properties", prepare) as prepared:
-            url = self._make(glance)
-            clone.register(
-                process.engine(), glance, self.image_id, url, prepared.wait, report=self._note, **timeout
-            )
-        LOG.info(
-            "Snapshot to image %s: cloned in %.1f s (%s) as %s",
-            self.image_id, time.monotonic() - started, self._durations(), url, instance=self.instance,
-        )
-
-    def _make(self, glance: Glance) -> str:
-        """Make the clone; returns its location."""
-        with self.on_disks.work(self.instance.uuid), self._giving_way():
-            url = self.disk.clone_to_glance(
-                glance, self.image_id, self.instance.image_ref, self._perform, self._policy()
-            )
-        try:
-            self.await_announced()
-        except Exception:
-            clone.give_up(process.engine(), self.image_id, "the server takes no image now")
-            raise
-        return url
-
-    def _policy(self) -> Optional[str]:
-        """What is to be instead of the configured policy.
-
-        Nova deletes the image of a shelved server once, when that is unshelved, and heeds no answer: nobody may have it
-        open for writing then, as who flattens it has. Unshelving flattens what it makes of the image.
-        """
-        policy_of_all = policy.override(self.instance) or CONF.rbd_snap.flatten
-        return NEVER if policy_of_all == BACKGROUND and self.is_shelving else policy_of_all
-
-    @contextlib.contextmanager
-    def _giving_way(self) -> Iterator[None]:
-        """Within the block a deletion of the server cancels the work, also where Nova lets it wait for that.
-
-        Nova shelves and deletes a server under the same lock: the deletion shows in the task state alone.
-        """
-        if not self.is_shelving:
-            yield
-            return
-        over = threading.Event()
-        watching = threading.Thread(target=self._watch, args=[over], name="nova-rbd-snap-shelve", daemon=True)
-        watching.start()
-        try:
-            yield
-        finally:
-            over.set()
-            watching.join()
-
-    def _watch(self, over: threading.Event) -> None:
-        with contextlib.suppress(Exception):  # raised where it can be acted upon
-            self.await_announced()
-        while not over.wait(_LOOK_SECONDS):
-            try:
-                self.update_task_state(
-                    task_state=task_states.IMAGE_UPLOADING, expected_state=task_states.IMAGE_UPLOADING
-                )
-            except exception.UnexpectedDeletingTaskStateError:
-                self._cancel()  # again at the next look, if the work comes to the engine only after this
-            except Exception as error:  # the conductor may answer the next time
-                LOG.debug("Cannot look whether the server is being deleted: %s", error, instance=self.instance)
-
-    def _cancel(self) -> None:
-        try:
-            process.engine().cancel(self.instance.uuid)
-        except errors.SnapError as error:
-            LOG.warning("Cannot stop the server's snapshots: %s", error.report(), instance=self.instance)
-
-    def drop_record(self) -> None:
-        """Delete the image record that waits for data that will not come: of a shelve that fails Nova does not."""
-        try:
-            glance = images.glance_for(self.context)
-            if glance.record(self.image_id).status == "queued":
-                glance.delete(self.image_id)
-        except errors.RecordGone:
-            return
-        except errors.GlanceError as error:
-            LOG.warning("Image %s stays, and waits for data: %s", self.image_id, error.report(), instance=self.instance)
-
-    def freeze_disk(self, job_id: str) -> Optional[str]:
-        """Take the snapshot that a full copy reads; None where none can be had and the guest must be suspended.
-
-        :raises errors.SnapError: the cluster does not answer; a copy would not end.
-        """
-        try:
-            with self.on_disks.work(self.instance.uuid):
-                self.still.ask()  # a copy without a snapshot would ask QEMU for more, and wait for ever
-                return self._freeze(job_id)
-        except errors.SnapError as error:
-            if not error.may_fall_back:
-                raise
-            if self.still.must_be_still():
-                raise errors.NotQuiesced(f"a copy of a suspended guest is none that was quiesced: {error}") from error
-            LOG.warning(
-                "Snapshot to image %s: the guest is suspended for Nova's copy, for its disk cannot be frozen: %s",
-                self.image_id, error.report(), instance=self.instance,
-            )
-            return None
-
-    def _freeze(self, job_id: str) -> str:
-        """By the engine or, where that dies over it, by the next."""
-        freeze = functools.partial(clone.freeze, process.engine(), job_id, self.disk.rbd_name, self._perform)
-        try:
-            return freeze()
-        except (errors.EngineLost, errors.LedgerConflict) as error:
-            if not error.may_fall_back:
-                raise
-            LOG.warning(
-                "Snapshot to image %s: the engine was lost, and the next one freezes the disk: %s",
-                self.image_id, error.report(), instance=self.instance,
-            )
-            return freeze()
-
-    def _perform(self, job_id: str) -> None:
-        self.still.perform(process.engine(), job_id, self._note)
-
-    def release_disk(self, job_id: str) -> None:
-        """Remove the frozen snapshot. What fails is logged and stays in the ledger: the copy's own outcome counts."""
-        try:
-            process.engine().rollback(job_id)
-        except errors.SnapError as error:
-            LOG.warning(
-                "Cannot remove the frozen snapshot of %s: %s",
-                self.disk.rbd_name, error.report(), instance=self.instance,
-            )
-
-    def task_states_for_nova(self) -> UpdateTaskState:
-        """The callback for Nova's own snapshot: its first two transitions were made already."""
-        made = iter((task_states.IMAGE_PENDING_UPLOAD, task_states.IMAGE_UPLOADING))
-
-        def update(task_state: str, **expected: Any) -> None:
-            if next(made, None) != task_state:
-                self.update_task_state(task_state=task_state, **expected)
-
-        return update
-
-    def _note(self, step: str, done: int, total: int) -> None:
-        if not self.steps or self.steps[-1][0] != step:
-            self.steps.append((step, time.monotonic()))
-
-    def _durations(self) -> str:
-        ends = [start for _, start in self.steps[1:]] + [time.monotonic()]
-        return ", ".join(f"{step} {end - start:.1f}" for (step, start), end in zip(self.steps, ends))
-
-
-def _has_encrypted_disk(domain_xml: str) -> bool:
-    """Whether the root disk, the first of the domain, is encrypted by libvirt."""
-    disk = ET.fromstring(domain_xml).find("./devices/disk")
-    return disk is not None and disk.find(".//encryption") is not None
 
 
 def _for_nova(error: errors.SnapError, image_id: str, instance: Any) -> Any:

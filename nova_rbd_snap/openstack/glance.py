@@ -11,13 +11,13 @@ import itertools
 import random
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Callable, Optional, TypeVar
 
 import tenacity
+from keystoneauth1 import adapter, loading
 from keystoneauth1 import exceptions as ksa
-from keystoneauth1 import loading
 
 from nova_rbd_snap import errors
 
@@ -27,6 +27,8 @@ T = TypeVar("T")
 _ATTEMPTS = 4
 _PATCH = {"Content-Type": "application/openstack-images-v2.1-json-patch"}
 
+#: The status of an upload that is done.
+_UPLOADED = 204
 #: Statuses that a proxy gives while Glance itself may still be at work.
 _NO_ANSWER = (408, 502, 504)
 
@@ -39,6 +41,8 @@ class Record:
     :ivar urls_complete: these are all; ``direct_url`` alone is the one of several that Glance likes best.
     :ivar importing: a task of Glance is at work on it.
     :ivar server: uuid of the server that it is a snapshot of, where Nova has said so.
+    :ivar size: bytes of its data, once there is some.
+    :ivar digest: hash of its data, and the algorithm's name before it, where Glance has made one.
     """
 
     status: str
@@ -46,6 +50,8 @@ class Record:
     urls_complete: bool
     importing: bool
     server: Optional[str] = None
+    size: Optional[int] = None
+    digest: Optional[tuple[str, str]] = None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Record:
@@ -58,6 +64,8 @@ class Record:
             urls_complete="locations" in data,
             importing=data["status"] == "importing" or bool(data.get("os_glance_import_task")),
             server=data.get("instance_uuid"),
+            size=data.get("size"),
+            digest=(data["os_hash_algo"], data["os_hash_value"]) if data.get("os_hash_value") else None,
         )
 
 
@@ -68,12 +76,13 @@ class Glance:
     ``NotAuthorized``, ``NotRegistered`` where Glance refuses, and ``GlanceSilent``.
     """
 
-    def __init__(self, adapter: Any, endpoints: Sequence[str]) -> None:
+    def __init__(self, keystone_adapter: Any, endpoints: Sequence[str]) -> None:
         """
-        :param adapter: a keystoneauth adapter for the image service, its session with a time-out.
+        :param keystone_adapter: a keystoneauth adapter for the image service, its session with a time-out.
         :param endpoints: URLs of the service; one that does not answer makes way for the next.
         """
-        self._adapter = adapter
+        self._adapter = keystone_adapter
+        self._all_endpoints = list(endpoints)
         self._endpoints = itertools.cycle(endpoints)
         self._adapter.endpoint_override = next(self._endpoints)
 
@@ -84,19 +93,40 @@ class Glance:
         :raises errors.GlanceSilent: its address cannot be found out.
         """
         session = loading.load_session_from_conf_options(conf, "glance", timeout=timeout_seconds)
-        adapter = loading.load_adapter_from_conf_options(conf, "glance", session=session, auth=auth, **headers)
+        made = loading.load_adapter_from_conf_options(conf, "glance", session=session, auth=auth, **headers)
         # Only ``repeat`` repeats a request.
-        adapter.connect_retries = adapter.status_code_retries = 0
+        made.connect_retries = made.status_code_retries = 0
         endpoints = list(conf.glance.api_servers or ())
         random.shuffle(endpoints)
         try:
-            endpoints = endpoints or [adapter.get_endpoint()]
+            endpoints = endpoints or [made.get_endpoint()]
         except ksa.ClientException as error:
             raise errors.GlanceSilent(f"cannot find Glance: {error}") from error
         if not endpoints[0]:
             raise errors.GlanceSilent("the service catalogue has no image service; see the [glance] options")
         # The catalogue may or may not name the version; the paths below do.
-        return cls(adapter, [re.sub(r"/v\d+(\.\d+)?/?$", "", endpoint.rstrip("/")) for endpoint in endpoints])
+        return cls(made, [re.sub(r"/v\d+(\.\d+)?/?$", "", endpoint.rstrip("/")) for endpoint in endpoints])
+
+    @classmethod
+    def with_access(cls, conf: Any, access: Mapping[str, Any], timeout_seconds: int) -> Glance:
+        """Glance as who gave *access*, which :meth:`access` made in another process; trusted as *conf* says."""
+        session = loading.load_session_from_conf_options(conf, "glance", timeout=timeout_seconds)
+        headers = dict(access["headers"])
+        return cls(
+            adapter.Adapter(session, additional_headers=headers, connect_retries=0, status_code_retries=0),
+            access["endpoints"],
+        )
+
+    def access(self) -> dict[str, Any]:
+        """What another process needs to be this user, as plain data: it has the user's token.
+
+        :raises errors.NotAuthorized: there is none to be had.
+        """
+        try:
+            headers = self._adapter.session.get_auth_headers(self._adapter.auth) or {}
+        except ksa.ClientException as error:
+            raise errors.NotAuthorized(f"no token for Glance: {error}") from error
+        return {"endpoints": self._all_endpoints, "headers": dict(headers)}
 
     def record(self, image_id: str) -> Record:
         """The image record as it is now."""
@@ -120,6 +150,30 @@ class Glance:
     def data(self, image_id: str) -> bytes:
         """All the image's data."""
         return bytes(self._call("GET", f"/v2/images/{image_id}/file").content)
+
+    def upload(self, image_id: str, body: Iterable[bytes]) -> None:
+        """Send the image's data, of known length; returns once Glance has all of it.
+
+        What *body* raises is passed on, and the request broken off.
+        """
+        answer = self._call(
+            "PUT",
+            f"/v2/images/{image_id}/file",
+            headers={"Content-Type": "application/octet-stream"},
+            data=body,
+            redirect=False,
+            log=False,
+        )
+        if answer.status_code != _UPLOADED:
+            raise errors.NotRegistered(f"the upload to image {image_id}: Glance answered {answer.status_code}")
+
+    def store_type(self) -> Optional[str]:
+        """What kind of store images go to that name none, where Glance tells this user; it tells administrators."""
+        try:
+            stores = self._call("GET", "/v2/info/stores/detail").json()["stores"]
+        except (errors.NotRegistered, errors.RecordGone):
+            return None
+        return next((s.get("type") for s in stores if s.get("default")), None)
 
     def set_properties(self, image_id: str, properties: Mapping[str, Optional[str]]) -> None:
         """Add or replace properties; the others stay. Repeatable."""

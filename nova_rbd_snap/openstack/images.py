@@ -9,6 +9,7 @@ import nova.conf
 from nova import service_auth
 
 from nova_rbd_snap import errors
+from nova_rbd_snap.conf import RAW
 from nova_rbd_snap.openstack.glance import Glance, repeat
 from nova_rbd_snap.specs import Location
 
@@ -67,6 +68,18 @@ def _pool_of_image(glance: Glance, image_id: Optional[str], fsid: str) -> Option
         if location.fsid == fsid:
             return location.snap.image.pool
     return None
+
+
+def upload_format(disk: dict[str, Any]) -> Optional[str]:
+    """The format that is set for uploads, or that the disk tells; None where neither does.
+
+    :param disk: what the engine's ``describe`` says.
+    """
+    told = CONF.libvirt.snapshot_image_format or CONF.rbd_snap.copy_format
+    if told:
+        return str(told)
+    # Glance's own images are in Ceph: only of a raw one can servers' disks be cloned.
+    return RAW if disk["parent_pool"] not in (None, disk["pool"]) else None
 
 
 def properties(metadata: dict[str, Any]) -> dict[str, Optional[str]]:

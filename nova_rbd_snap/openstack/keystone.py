@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from keystoneauth1 import adapter, loading
@@ -21,6 +22,10 @@ _SEES_ALL = "admin"
 def _register(conf: Any, section: str) -> None:
     loading.register_auth_conf_options(conf, section)
     loading.register_session_conf_options(conf, section)
+    _register_glance(conf)
+
+
+def _register_glance(conf: Any) -> None:
     loading.register_session_conf_options(conf, "glance")
     loading.register_adapter_conf_options(conf, "glance")
     conf.register_opt(cfg.ListOpt("api_servers"), group="glance")
@@ -33,6 +38,12 @@ def glance_as_service(conf: Any, settings: Settings) -> Glance:
     """
     auth, _ = _service(conf, settings)
     return Glance.connect(conf, auth, settings.operation_timeout)
+
+
+def glance_with_access(conf: Any, access: Mapping[str, Any], settings: Settings) -> Glance:
+    """Glance as the user whose *access* came with a request."""
+    _register_glance(conf)
+    return Glance.with_access(conf, access, settings.operation_timeout)
 
 
 def nova_as_service(conf: Any, settings: Settings) -> Servers:

@@ -54,6 +54,11 @@ def engine() -> EngineClient:
         return _client
 
 
+def stores() -> list[str]:
+    """Names of the rbd stores of Glance's that copies go into, the first first."""
+    return [store.name for store in conf.Settings.read(CONF).stores]
+
+
 def await_identity() -> None:
     """Return once Nova has given this host its id, which it does on its very first start, after the driver's.
 

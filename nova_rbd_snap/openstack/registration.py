@@ -212,15 +212,18 @@ def settle(
 
     A record that still waits is deleted first: a request that is on its way somewhere can then no longer reach it. Only
     one of a snapshot of *server* is: anybody who may write to the pool may have written down that it is a job's. And an
-    upload that is broken off ends in a record that waits again.
+    upload that is broken off ends in a record that waits again, or is left as it is by a Glance that died over it.
 
     :param glance: as a user who sees every project's images; to another, a record it may not see looks deleted.
     """
     watch = functools.partial(
         observe, glance, image_id, url, timeout_seconds=timeout_seconds, waiting_seconds=0, clock=clock, sleep=sleep
     )
-    state = watch()
-    if state is State.WAITING:
+    state, began = watch(), clock()
+    while state is State.UPLOAD and clock() - began < timeout_seconds:
+        sleep(_GONE_SECONDS)
+        state = watch()
+    if state in (State.WAITING, State.UPLOAD):
         with contextlib.suppress(errors.GlanceError):
             if glance.record(image_id).server == server:
                 glance.delete(image_id)

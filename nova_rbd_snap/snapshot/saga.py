@@ -10,11 +10,12 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Callable, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Callable, Optional, Protocol
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster
+from nova_rbd_snap.copy.limits import Limits
 from nova_rbd_snap.engine import Report, unheard
 from nova_rbd_snap.ledger.job import Job
 from nova_rbd_snap.ledger.store import Ledger
@@ -29,6 +30,9 @@ RECORD = "record"
 class Run:
     """What a step works with.
 
+    :ivar to_store: of a copy, connects to the cluster of its store.
+    :ivar limits: of what is copied.
+    :ivar note: writes down how many percent of a long step are done.
     :ivar report: told the step's name, bytes done and bytes in all, whenever there is progress.
     :ivar cancelled: true once the work shall stop.
     :ivar orphaned: true once the nova-compute that asked for the image is no more.
@@ -40,8 +44,14 @@ class Run:
     cancelled: Callable[[], bool] = lambda: False
     orphaned: Callable[[], bool] = lambda: False
     too_late: Callable[[], bool] = lambda: False
+    to_store: Optional[Callable[[], Cluster]] = None
+    limits: Limits = field(default_factory=Limits)
+    note: Callable[[int], None] = lambda percent: None
 
-
+    @property
+    def dest(self) -> Cluster:
+        """The cluster that the job's image is in."""
+        return self.cluster if self.to_store is None else self.to_store()
 
 class Step(Protocol):
     """One change in the cluster and its inverse. Steps keep no state: what they learn goes into the record."""
@@ -69,7 +79,7 @@ def perform(job: Job, steps: Sequence[Step], final: str, ledger: Ledger, run: Ru
     following = [step.name for step in steps[1:]] + [final]
     with contextlib.ExitStack() as opened:
         if job.dest is not None:
-            opened.enter_context(run.cluster.keep_open(job.dest))
+            opened.enter_context(run.dest.keep_open(job.dest))
         return _perform(job, list(zip(steps, following)), ledger, run, opened)
 
 
@@ -80,12 +90,19 @@ def _perform(
     :param steps: each with the name of the one that follows.
     :param opened: what is closed before anything is undone, for it is in the way.
     """
+
+    def note(percent: int) -> None:
+        nonlocal job
+        job = ledger.advance(job, percent=percent)
+
+    noting = dataclasses.replace(run, note=note)
     for count, (step, next_name) in enumerate(steps, start=1):
         try:
             if run.cancelled():
                 raise errors.Cancelled("the snapshot was cancelled")
             run.report(step.name, 0, 0)
-            job = ledger.advance(job, step=next_name, **step.do(job, run))
+            learnt = step.do(job, noting)
+            job = ledger.advance(job, step=next_name, **learnt)
         except Exception as cause:
             error = errors.known(cause)
             error.step = step.name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of a clone and of a freeze.
+"""The steps of a clone, of a copy in a store of Glance's, and of a freeze.
 
 Order matters for speed: creating a snapshot waits for a proposal of the monitors, and so does removing one. Two are
 the least that stand between the tenant and the image (``docs/design/clone.rst`` has the orders that were measured).
@@ -10,15 +10,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import tenacity
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.ceph.interface import SnapInfo
-from nova_rbd_snap.ledger.job import BACKGROUND_KINDS, CLONE, FREEZE, INLINE, Job
+from nova_rbd_snap.ceph.interface import Cluster, SnapInfo
+from nova_rbd_snap.copy.extents import Sink
+from nova_rbd_snap.copy.progress import Progress
+from nova_rbd_snap.copy.transfer import transfer
+from nova_rbd_snap.ledger.job import BACKGROUND_KINDS, CLONE, COPY, FREEZE, INLINE, Job
 from nova_rbd_snap.snapshot.saga import RECORD, Run, Step
 from nova_rbd_snap.specs import GLANCE_SNAP, ImageSpec, SnapSpec
 
@@ -51,6 +54,31 @@ def image_of(job: Job) -> ImageSpec:
     return job.dest
 
 
+@contextlib.contextmanager
+def of_store(store: Optional[str]) -> Iterator[None]:
+    """Within the block it is the cluster of that store of Glance's that does not answer, if one does not.
+
+    :param store: None where it is the disk's own.
+    """
+    try:
+        yield
+    except errors.Unreachable as error:
+        if store is None or isinstance(error, errors.StoreSilent):
+            raise
+        raise errors.StoreSilent(f"store {store!r} of Glance's: {error}") from error
+
+
+class _InStore:
+    """See :class:`nova_rbd_snap.copy.extents.Sink`."""
+
+    def __init__(self, store: Optional[str], sink: Sink) -> None:
+        self._store, self._sink = store, sink
+
+    def write(self, offset: int, data: bytes) -> None:
+        with of_store(self._store):
+            self._sink.write(offset, data)
+
+
 class Snap:
     """Freeze the disk: the instant the image will show."""
 
@@ -79,31 +107,36 @@ class Protect:
         """Nothing: undoing :class:`Snap` removes the snapshot, protected or not."""
 
 
-class Clone:
-    """Make the future Glance image a copy-on-write child of the frozen snapshot."""
+class Making:
+    """A step that makes the future Glance image, under whose name there was none just before."""
 
-    name = "clone"
+    name: str
 
     def do(self, job: Job, run: Run) -> Mapping[str, Any]:
         dest = image_of(job)
-        if run.cluster.exists(dest):
-            raise errors.AlreadyThere(f"{dest} exists already and is left alone")
-        # Flat before anybody reads it, or else to be flattened while somebody does.
-        is_flat_soon = job.flatten == INLINE
-        return {"dest_id": run.cluster.clone(job.snap, dest, job.data_pool, object_map=is_flat_soon)}
+        with of_store(job.store):
+            if run.dest.exists(dest):
+                raise errors.AlreadyThere(f"{dest} exists already and is left alone")
+        return {"dest_id": self._make(job, run)}
+
+    def _make(self, job: Job, run: Run) -> str:
+        """Make it; returns its id."""
+        raise NotImplementedError
 
     def undo(self, job: Job, run: Run) -> None:
+        doing = f"undo {self.name}"
+
         def remove(dest: ImageSpec) -> None:
-            if run.cluster.exists(dest):
+            if run.dest.exists(dest):
                 if not self._is_ours(job, run):
-                    raise errors.CephError(f"left {dest} alone: it is not the clone of {job.snap}")
-            elif dest.name not in run.cluster.images(dest.pool):
+                    raise errors.CephError(f"left {dest} alone: it is not the {self.name} of {job.snap}")
+            elif dest.name not in run.dest.images(dest.pool):
                 return
             # A name that is free but listed: somebody died while removing it, and librbd goes on from there.
-            run.cluster.remove(dest, functools.partial(run.report, "undo clone"))
+            run.dest.remove(dest, functools.partial(run.report, doing))
 
         with contextlib.suppress(errors.Missing):
-            when_free(run, "undo clone", remove, image_of(job))
+            when_free(run, doing, remove, image_of(job))
 
     @staticmethod
     def _is_ours(job: Job, run: Run) -> bool:
@@ -114,12 +147,62 @@ class Clone:
         """
         dest = image_of(job)
         try:
-            info = run.cluster.lookup(dest)
+            info = run.dest.lookup(dest)
         except errors.Missing:
             return True
         if job.dest_id is not None:
             return info.id == job.dest_id
-        return is_unfinished(job, run) if info.parent is not None else not run.cluster.snaps(dest)
+        return is_unfinished(job, run) if info.parent is not None else not run.dest.snaps(dest)
+
+
+class Clone(Making):
+    """Make the future Glance image a copy-on-write child of the frozen snapshot."""
+
+    name = "clone"
+
+    def _make(self, job: Job, run: Run) -> str:
+        # Flat before anybody reads it, or else to be flattened while somebody does.
+        is_flat_soon = job.flatten == INLINE
+        return run.dest.clone(job.snap, image_of(job), job.data_pool, object_map=is_flat_soon)
+
+
+class Create(Making):
+    """Make the future Glance image, blank, in a store of Glance's."""
+
+    name = "create"
+
+    def _make(self, job: Job, run: Run) -> str:
+        with run.cluster.open_snap(job.snap) as source:
+            size = source.size
+        with of_store(job.store):
+            return run.dest.create_blank(image_of(job), size, job.data_pool)
+
+
+class Fill:
+    """Copy what is allocated of the frozen disk to the image."""
+
+    name = "copy"
+
+    def do(self, job: Job, run: Run) -> Mapping[str, Any]:
+        progress = Progress(f"Copying {job.snap} to {image_of(job)} in store {job.store!r}", run.note)
+
+        def on_progress(done: int, total: int) -> bool:
+            run.report(self.name, done, total)
+            progress.moved(done, total)
+            return not run.cancelled()
+
+        def listing(done: int, total: int) -> bool:
+            return on_progress(0, total)
+
+        with contextlib.ExitStack() as opened:
+            source = opened.enter_context(run.cluster.open_snap(job.snap))
+            with of_store(job.store):
+                sink = opened.enter_context(run.dest.open_blank(image_of(job)))
+            transfer(source, _InStore(job.store, sink), source.extents(listing), on_progress, run.limits)
+        return {}
+
+    def undo(self, job: Job, run: Run) -> None:
+        """Nothing: undoing :class:`Create` removes the image."""
 
 
 class Flatten:
@@ -162,8 +245,9 @@ class Seal:
     @staticmethod
     def _seal(job: Job, run: Run) -> None:
         snap = image_of(job).snap(GLANCE_SNAP)
-        run.cluster.create_snap(snap)
-        run.cluster.protect_snap(snap)
+        with of_store(job.store):
+            run.dest.create_snap(snap)
+            run.dest.protect_snap(snap)
 
     def _seal_and_release(self, job: Job, run: Run) -> None:
         with ThreadPoolExecutor(max_workers=1) as beside:
@@ -177,22 +261,26 @@ class Seal:
     def undo(self, job: Job, run: Run) -> None:
         dest = image_of(job)
         try:
-            if run.cluster.lookup(dest).id != job.dest_id:
-                return  # not ours; undoing Clone reports it
-            snaps = run.cluster.snaps(dest)
+            if run.dest.lookup(dest).id != job.dest_id:
+                return  # not ours; undoing what made it reports that
+            snaps = run.dest.snaps(dest)
         except errors.Missing:
             return
         for snap in snaps:
             if snap.name == GLANCE_SNAP:
-                remove_snap(dest.snap(GLANCE_SNAP), snap, run)
+                remove_snap(dest.snap(GLANCE_SNAP), snap, run.dest)
 
 
 def is_unfinished(job: Job, run: Run) -> bool:
     """Whether the rbd image under the clone's name is a child of the job's own snapshot, and no image yet.
 
-    No other can be such a child; but what is registered before it is flat is one, too.
+    No other can be such a child; but what is registered before it is flat is one, too. A copy is told by its id.
     """
     dest = image_of(job)
+    if job.kind == COPY:
+        with contextlib.suppress(errors.Missing):
+            return job.step != READY and run.dest.lookup(dest).id == job.dest_id
+        return False
     if job.flatten != INLINE and job.step == READY:
         return False
     try:
@@ -230,7 +318,7 @@ def remove_frozen(job: Job, run: Run) -> None:
     for snap in found:
         # In the trash it waits for its clone, where that is not flat yet.
         with contextlib.suppress(errors.Busy) if snap.trashed and job.flatten != INLINE else contextlib.nullcontext():
-            remove_snap(job.snap, snap, run)
+            remove_snap(job.snap, snap, run.cluster)
     _see_gone(job, run)
 
 
@@ -248,12 +336,12 @@ def frozen(job: Job, run: Run) -> list[SnapInfo]:
     return [snap for snap in snaps if snap.name == job.snap.name and job.snap_id in (snap.id, None)]
 
 
-def remove_snap(spec: SnapSpec, snap: SnapInfo, run: Run) -> None:
+def remove_snap(spec: SnapSpec, snap: SnapInfo, cluster: Cluster) -> None:
     """Remove the snapshot *snap*, called *spec*, trashed or not, protected or not."""
     try:
         if snap.protected:
-            run.cluster.unprotect_snap(spec)
-        run.cluster.remove_snap_by_id(spec.image, snap.id)
+            cluster.unprotect_snap(spec)
+        cluster.remove_snap_by_id(spec.image, snap.id)
     except errors.Missing:
         return  # gone meanwhile
 
@@ -266,16 +354,22 @@ CLONE_STEPS: dict[tuple[int, bool], Sequence[Step]] = {
 }
 
 
+#: Those of a copy in a store of Glance's.
+COPY_STEPS: Sequence[Step] = (Snap(), Create(), Fill(), Seal())
+
+
 def sequence(job: Job) -> Sequence[Step]:
     """The steps of *job*, in order; :data:`READY` follows the last."""
     if job.kind == FREEZE:
         return (Snap(),)
+    if job.kind == COPY:
+        return COPY_STEPS
     return CLONE_STEPS[job.clone_format, job.flatten == INLINE]
 
 
 def lets_go(job: Job) -> bool:
     """Whether the job needs the disk no more, and nothing of it is there but what goes by itself."""
-    return job.step == RECORD or job.kind in BACKGROUND_KINDS or (job.kind, job.step) == (CLONE, READY)
+    return job.step == RECORD or job.kind in BACKGROUND_KINDS or (job.kind in (CLONE, COPY) and job.step == READY)
 
 
 def started(job: Job) -> Sequence[Step]:

@@ -13,7 +13,7 @@ from nova.storage import rbd_utils
 from nova.tests.fixtures import libvirt as fakelibvirt
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.openstack import driver
+from nova_rbd_snap.openstack import requests
 
 
 class GoingServer(world.ServerCase):
@@ -179,7 +179,7 @@ class ShelvedServer(GoingServer):
     def setUp(self):
         super().setUp()
         self.server.task_state = task_states.SHELVING
-        self.patch(driver, "_LOOK_SECONDS", 0.01)
+        self.patch(requests, "_LOOK_SECONDS", 0.01)
 
     def assert_no_record(self):
         self.assertNotIn(self.image_id, self.image_service.images)

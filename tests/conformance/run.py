@@ -27,7 +27,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 #: Tests of ours that go with Nova's, beside this file.
-OURS = ("behaviour", "behaviour_guest", "behaviour_deletion")
+OURS = ("behaviour", "behaviour_copy", "behaviour_guest", "behaviour_deletion")
 
 #: Most exceptions a release may have.
 MOST_EXCEPTIONS = 8

@@ -27,12 +27,13 @@ from nova.virt.libvirt import imagebackend as nova_imagebackend
 from oslo_utils.fixture import uuidsentinel
 
 from nova_rbd_snap import errors
+from nova_rbd_snap.engine import copying
 from nova_rbd_snap.ledger.job import SNAP_PREFIX
 from nova_rbd_snap.ledger.store import Ledger
 from nova_rbd_snap.openstack import driver, glance, images, process
 from nova_rbd_snap.specs import ImageSpec
 from tests.fakes.cluster import FakeCluster
-from tests.fakes.engine import make_engine
+from tests.fakes.engine import FakeUploads, make_engine
 from tests.waiting import eventually
 
 NOVA_POOL = "nova-pool"
@@ -126,6 +127,7 @@ class Domain(test_driver.FakeVirtDomain):
     :ivar state: libvirt's.
     :ivar devices: addresses of its PCI devices, as often as each is attached.
     :ivar encrypted: whether libvirt encrypts the disk.
+    :ivar file: path of a qcow2 file that the disk is in, if it is in one.
     :ivar suspensions: how often its QEMU was ended to save the guest.
     :ivar frozen: whether the guest's file systems are held still; *freezes* and *thaws* count the changes.
     :ivar agent_patience: how long libvirt gives the agent to answer.
@@ -136,6 +138,7 @@ class Domain(test_driver.FakeVirtDomain):
         self.state = fakelibvirt.VIR_DOMAIN_RUNNING
         self.devices = list(devices)
         self.encrypted = False
+        self.file = None
         self.suspensions = 0
         self.frozen = False
         self.freezes = self.thaws = 0
@@ -157,10 +160,13 @@ class Domain(test_driver.FakeVirtDomain):
 
     def XMLDesc(self, flags):
         encryption = "<encryption format='luks'/>" if self.encrypted else ""
+        source = f"<source protocol='rbd' name='{NOVA_POOL}/{self.uuidstr}_disk'>{encryption}</source>"
+        if self.file:
+            source = f"<driver name='qemu' type='qcow2'/><source file='{self.file}'>{encryption}</source>"
         return f"""
             <domain type='kvm'><devices>
-                <disk type='network' device='disk'>
-                    <source protocol='rbd' name='{NOVA_POOL}/{self.uuidstr}_disk'>{encryption}</source>
+                <disk type='{"file" if self.file else "network"}' device='disk'>
+                    {source}
                     <target dev='vda' bus='virtio'/>
                 </disk>
                 {"".join(map(_hostdev, self.devices))}
@@ -221,6 +227,7 @@ class ObservedEngine:
 
     :ivar asked: every job that ever came here.
     :ivar meanwhile: what happens during a call or step of that name; what it raises is what the call meets.
+    :ivar uploads: the uploads that were taken; *uploaded_files* those of disks in files.
     :ivar kept: set once nova-compute keeps it running.
     """
 
@@ -231,7 +238,9 @@ class ObservedEngine:
         self._cluster = FakeCluster(NOVA_POOL, GLANCE_POOL)
         self._cluster.create_disk(BASE.image)
         self._cluster.create_snap(BASE)
-        self._engine = make_engine(self._cluster, pool=NOVA_POOL)
+        self.uploads = FakeUploads()
+        self.uploaded_files = []
+        self._engine = make_engine(self._cluster, pool=NOVA_POOL, uploads=self.uploads)
 
     # -- the world, as tests make and see it
 
@@ -321,6 +330,16 @@ class ObservedEngine:
 
         self._engine.perform(job_id, snap_before, observed)
 
+    def upload(self, job_id, disk, target, report):
+        self._reach("upload")
+        return self._engine.upload(job_id, disk, target, report)
+
+    def upload_file(self, server, path, disk_format, target, report):
+        self._reach("upload_file")
+        self.uploaded_files.append((server, path, disk_format))
+        self.uploads.send(copying.Target(**target), 0, lambda: (), lambda: None)
+        return {"format": target["disk_format"], "allocated": 0, "sent": 0}
+
     def finish(self, image_id):
         self._engine.finish(image_id)
 
@@ -367,6 +386,9 @@ class GlanceInMemory:
     def delete(self, image_id):
         del self._images[image_id]
 
+    def access(self):
+        return {"endpoints": ["http://glance"], "headers": {"X-Auth-Token": "secret"}}
+
     def set_properties(self, image_id, properties):
         image = self._image(image_id)
         for name, value in properties.items():
@@ -405,6 +427,8 @@ class ServerCase(test_driver._BaseSnapshotTests):
         super().setUp()
         self.engine, self.glance = ObservedEngine(), GlanceInMemory(self.image_service)
         use(self, self.engine, self.glance)
+        # What the rung between them does is seen in behaviour_copy.py.
+        self.flags(ways=["clone", "nova"], group="rbd_snap")
         self.domains = {}
         self._servers_files = pathlib.Path(self.useFixture(fixtures.TempDir()).path)
         self.flags(instances_path=str(self._servers_files))

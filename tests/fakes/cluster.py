@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, NoReturn, Optional, Union
 
 from nova_rbd_snap import errors
-from nova_rbd_snap.ceph.interface import FlattenTask, ImageInfo, OnProgress, SnapInfo, TrashInfo, one_client
+from nova_rbd_snap.ceph.interface import FlattenTask, ImageInfo, SnapInfo, TrashInfo, one_client
+from nova_rbd_snap.copy.extents import Extent, Extents, OnProgress
 from nova_rbd_snap.specs import ImageSpec, SnapSpec
 
 #: Size of one object of an rbd image; content is kept per object.
@@ -130,6 +131,7 @@ class _State:
     #: What the manager's tasks fail of, and what the cluster is strained by.
     manager_fails: str = ""
     strain: Optional[str] = None
+    fsid: str = "00000000-0000-4000-8000-00000000cafe"
     #: How far the OSDs' clocks are ahead of this machine's.
     ahead: float = 0.0
 
@@ -194,11 +196,47 @@ class Reader:
         return self._parent.read(number) if self._parent is not None else b""
 
 
+@dataclass
+class _Source:
+    """See :class:`nova_rbd_snap.copy.extents.Source`."""
+
+    _cluster: FakeCluster
+    _snap: _Snap
+    size: int
+
+    def extents(self, on_progress: OnProgress) -> Extents:
+        if not on_progress(0, self.size):
+            raise errors.Cancelled("nothing is read any more")
+        found = sorted(_content(self._snap).items())
+        return Extents(Extent(number * OBJECT_BYTES, len(data)) for number, data in found)
+
+    def read(self, offset: int, length: int) -> bytes:
+        pieces = Extents([Extent(offset, length)]).pieces(OBJECT_BYTES)
+        return b"".join(self._cluster.read_data(self._snap, piece.offset, piece.length) for piece in pieces)
+
+
+@dataclass
+class _Sink:
+    """See :class:`nova_rbd_snap.copy.extents.Sink`."""
+
+    _cluster: FakeCluster
+    _image: _Image
+
+    def write(self, offset: int, data: bytes) -> None:
+        for piece in Extents([Extent(offset, len(data))]).pieces(OBJECT_BYTES):
+            start = piece.offset - offset
+            self._cluster.write_data(self._image, piece.offset, data[start : start + piece.length])
+
+
 class FakeCluster:
     """See :class:`nova_rbd_snap.ceph.interface.Cluster`; what a test may do besides comes first."""
 
-    def __init__(self, *pools: str, clone_format: int = 2, state: Optional[_State] = None) -> None:
+    def __init__(
+        self, *pools: str, clone_format: int = 2, state: Optional[_State] = None, fsid: Optional[str] = None
+    ) -> None:
         self._state = state or _State({pool: _Pool() for pool in pools})
+        if fsid is not None:
+            self._state.fsid = fsid
         #: What was blocklisted through this or any other connection.
         self.fenced = self._state.fenced
         self._nonce = next(self._state.numbers)
@@ -415,7 +453,7 @@ class FakeCluster:
 
     @_call
     def fsid(self) -> str:
-        return "00000000-0000-4000-8000-00000000cafe"
+        return self._state.fsid
 
     @_call
     def address(self) -> str:
@@ -548,6 +586,36 @@ class FakeCluster:
         if image.name in self._pool(image.pool, grows=True).images:
             raise errors.AlreadyThere(f"{image} exists")
         self.create_disk(image, object_count=1, objects={0: data})
+
+    @_call
+    def create_blank(self, image: ImageSpec, size_bytes: int, data_pool: Optional[str]) -> str:
+        if image.name in self._pool(image.pool, grows=True).images:
+            raise errors.AlreadyThere(f"{image} exists")
+        self.create_disk(image, -(-size_bytes // OBJECT_BYTES), data_pool=data_pool or self.default_data_pool)
+        return self._open(image).id
+
+    @contextlib.contextmanager
+    def open_snap(self, snap: SnapSpec) -> Iterator[_Source]:
+        found = self._snap(snap)
+        yield _Source(self, found, found.image.object_count * OBJECT_BYTES)
+
+    @contextlib.contextmanager
+    def open_blank(self, image: ImageSpec) -> Iterator[_Sink]:
+        yield _Sink(self, self._open(image))
+
+    @_call
+    def read_data(self, snap: _Snap, offset: int, length: int) -> bytes:
+        """Of what :meth:`open_snap` opened, within one object."""
+        number, start = divmod(offset, OBJECT_BYTES)
+        return _content(snap).get(number, b"")[start : start + length].ljust(length, b"\0")
+
+    @_call
+    def write_data(self, image: _Image, offset: int, data: bytes) -> None:
+        """Of what :meth:`open_blank` opened, within one object."""
+        number, start = divmod(offset, OBJECT_BYTES)
+        self._pool(image.data_pool or image.spec.pool, grows=True)
+        before = image.objects.get(number, b"").ljust(start, b"\0")
+        image.objects[number] = before[:start] + data + before[start + len(data) :]
 
     @_call
     def clone(self, snap: SnapSpec, dest: ImageSpec, data_pool: Optional[str], *, object_map: bool = True) -> str:

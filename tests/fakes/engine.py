@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future
 from typing import Any, Callable, Optional
 
-from nova_rbd_snap.conf import Settings
+from nova_rbd_snap import errors
+from nova_rbd_snap.conf import Settings, Store
 from nova_rbd_snap.engine import Report
+from nova_rbd_snap.engine.copying import Target, Uploads
 from nova_rbd_snap.engine.service import Engine
 from nova_rbd_snap.flatten.bounds import Bounds
 from nova_rbd_snap.janitor.jobs import Images
@@ -23,6 +25,8 @@ DISK = ImageSpec("vms", f"{SERVER}_disk")
 ENDLESS = f"{SERVER}_disk.endless"
 DEST = ImageSpec("images", "22222222-2222-4222-8222-222222222222")
 COPY = copy_id(DEST.name)
+#: A store of Glance's in another cluster.
+FAR = Store("far", "far.conf", "glance", "far-images")
 #: What is on the disk before any snapshot: its own bytes over its base image's.
 BASE = {0: b"base 0", 3: b"base 3"}
 WRITTEN = {0: b"disk 0", 2: b"disk 2"}
@@ -43,6 +47,11 @@ def populated(clone_format: int = 2) -> FakeCluster:
         cluster.write(DISK, number, data)
     cluster.calls.clear()
     return cluster
+
+
+def far_cluster() -> FakeCluster:
+    """The cluster of :data:`FAR`."""
+    return FakeCluster(FAR.pool, fsid="00000000-0000-4000-8000-0000000000fa")
 
 
 def endless_disk(cluster: FakeCluster) -> ImageSpec:
@@ -81,6 +90,43 @@ class FakeImages:
         return answer
 
 
+class FakeUploads:
+    """Glance, as it takes what an engine sends it.
+
+    :ivar sent: what it took, by image.
+    """
+
+    def __init__(self, store: Optional[str] = "file", failure: Optional[Exception] = None) -> None:
+        """
+        :param store: the kind of its own; ``unknown`` where it cannot be asked.
+        :param failure: what every upload meets at its end.
+        """
+        self.sent: dict[str, tuple[Target, bytes]] = {}
+        self._store, self._failure = store, failure
+
+    def store_type(self) -> Optional[str]:
+        if self._store == "unknown":
+            raise errors.NotAuthorized("no credentials")
+        return self._store
+
+    def send(
+        self,
+        target: Target,
+        length: int,
+        chunks: Callable[[], Generator[bytes, None, None]],
+        waiting: Callable[[], object],
+    ) -> None:
+        data = b"".join(chunks())
+        assert len(data) == length
+        waiting()
+        if self._failure is not None:
+            raise self._failure
+        self.sent[target.image_id] = target, data
+
+    def give_up(self, target: Target) -> None:
+        raise AssertionError("of a disk in Ceph the ledger tells")
+
+
 def make_settings(**options: Any) -> Settings:
     """What an engine is told, where a test does not say otherwise."""
     values: dict[str, Any] = {
@@ -114,19 +160,27 @@ def make_engine(
     held: Iterable[str] = (),
     images: Optional[Images] = None,
     connect: Optional[Callable[[], FakeCluster]] = None,
+    far: Optional[FakeCluster] = None,
+    connect_to_store: Optional[Callable[[Store], Any]] = None,
+    uploads: Optional[Uploads] = None,
     **options: Any,
 ) -> Engine:
     """An engine of *host*, each connection of which is a new one to *cluster*.
 
     :param life: of nova-compute.
+    :param far: the cluster of the store that is called so.
     """
+    if far is not None:
+        options.setdefault("stores", (FAR,))
     settings = make_settings(clone_format=cluster.clone_format, **options)
     return Engine(
         settings,
         functools.partial(Owner, host, machine, life, cloud=cloud),
         held=held,
         connect=connect or cluster.another,
+        connect_to_store=connect_to_store or (None if far is None else lambda store: far.another()),
         images=images or FakeImages(),
+        uploads=uploads,
         clock=lambda: 1.0,
     )
 

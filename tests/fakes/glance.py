@@ -7,6 +7,7 @@ before or after it took effect.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from typing import Any, Callable, Optional, Protocol
@@ -74,6 +75,11 @@ class FakeImageService:
     on_request: Callable[[str], None] = lambda kind: None
     endpoint_override: str = ""
     store: Optional[Store] = None
+    #: After how many bytes of an upload the connection is lost, for each of the first ones.
+    cuts: list[int] = field(default_factory=list)
+    algorithm: str = "sha512"
+    #: Whether what is stored differs from what was sent.
+    damages: bool = False
     _were_active: set[str] = field(default_factory=set)
 
     def add(self, image_id: str, **changes: Any) -> dict[str, Any]:
@@ -142,10 +148,33 @@ class FakeImageService:
         record["status"] = "active"
         return Answer(200)
 
+    def _received(self, body: Any) -> Any:
+        """All of an upload; None where the connection is lost amid it."""
+        if isinstance(body, (str, bytes, dict)):
+            return body
+        cut, data = self.cuts.pop(0) if self.cuts else None, b""
+        for chunk in body:
+            data += chunk
+            if cut is not None and len(data) >= cut:
+                return None
+        return data[:-1] if self.damages else data
+
+    def _hash(self, data: bytes) -> str:
+        return hashlib.new(self.algorithm, data).hexdigest()
+
     def _put(self, image_id: str, record: dict[str, Any], body: Any) -> Answer:
         if record["status"] != "queued" or "os_glance_import_task" in record or self.store is None:
             return Answer(409)
-        record.update(status="active", locations=[{"url": self.store.write(image_id, body)}])
+        record["status"] = "saving"
+        try:
+            data = self._received(body)
+        finally:  # what is broken off waits for data again
+            record["status"] = "queued"
+        if data is None:
+            raise ksa.ConnectFailure("connection reset")
+        record.update(status="active", locations=[{"url": self.store.write(image_id, data)}])
+        if isinstance(data, bytes):
+            record.update(size=len(data), os_hash_algo=self.algorithm, os_hash_value=self._hash(data))
         return Answer(204)
 
     def _delete(self, image_id: str, record: dict[str, Any], body: Any) -> Answer:

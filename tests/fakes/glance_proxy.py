@@ -38,6 +38,8 @@ class Fault:
     :ivar status: answered instead of asking Glance.
     :ivar body: of a good answer that is given instead of asking Glance.
     :ivar asked: whether Glance gets the request, where it is not answered.
+    :ivar cut: after so many bytes of an upload the connection is cut, on both sides.
+    :ivar times: so often; else each time.
     :ivar held: no answer comes until :meth:`GlanceProxy.behave`; else the connection is cut at once.
     """
 
@@ -45,6 +47,8 @@ class Fault:
     status: Optional[int] = None
     body: Optional[bytes] = None
     asked: bool = False
+    cut: Optional[int] = None
+    times: Optional[int] = None
     held: bool = False
 
 
@@ -83,7 +87,7 @@ class GlanceProxy:
 
     def fault_for(self, request: Request) -> Optional[Fault]:
         fault = self._fault
-        if fault is None or not fault.hits(request):
+        if fault is None or not fault.hits(request) or len(self.seen) == fault.times:
             return None
         self.seen.append(request)
         return fault
@@ -111,8 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         self.close_connection = True
         length = int(self.headers.get("Content-Length") or 0)
-        # Bodies of unknown length are uploads; they are passed on piece by piece.
-        body = self.rfile.read(length) if length else b""
+        # Uploads are passed on piece by piece.
+        self._upload = length if self.command == "PUT" else 0
+        body = b"" if self._upload else self.rfile.read(length)
         fault = self.server.proxy.fault_for(Request(self.command, self.path, body))
         if fault is None:
             self._answer(*self._ask(body))
@@ -120,6 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, [("Content-Type", "application/json")], iter([fault.body]))
         elif fault.status:
             self._answer(fault.status, [("Content-Type", "text/plain")], iter([b"the proxy refuses\n"]))
+        elif fault.cut is not None:
+            self._cut(fault.cut)
         else:
             if fault.asked:
                 self._ask(body)
@@ -129,18 +136,39 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], Iterator[bytes]]:
         chunked = self.headers.get("Transfer-Encoding", "").lower() == "chunked"
-        skip = ("host", "connection", "transfer-encoding", "expect")
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in skip}
-        connection = http.client.HTTPConnection(*_GLANCE)
+        connection, headers = self._to_glance()
         if chunked:
             headers["Transfer-Encoding"] = "chunked"
+        whole = self._counted(self._upload) if self._upload else body
         connection.request(
-            self.command, self.path, self._pieces() if chunked else body, headers, encode_chunked=chunked
+            self.command, self.path, self._pieces() if chunked else whole, headers, encode_chunked=chunked
         )
         answer = connection.getresponse()
         names = ("connection", "transfer-encoding", "content-length", "server", "date")
         kept = [(name, value) for name, value in answer.getheaders() if name.lower() not in names]
         return answer.status, kept, iter(lambda: answer.read(_PIECE), b"")
+
+    def _to_glance(self) -> tuple[http.client.HTTPConnection, dict[str, str]]:
+        skip = ("host", "connection", "transfer-encoding", "expect")
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in skip}
+        return http.client.HTTPConnection(*_GLANCE), headers
+
+    def _cut(self, after: int) -> None:
+        """Pass on the start of an upload, and then nothing."""
+        connection, headers = self._to_glance()
+        connection.putrequest(self.command, self.path)
+        for name, value in headers.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        for piece in self._counted(after):
+            connection.send(piece)
+        connection.close()
+        self.server.proxy.hit(held=False)
+
+    def _counted(self, count: int) -> Iterator[bytes]:
+        while count and (piece := self.rfile.read(min(count, _PIECE))):
+            yield piece
+            count -= len(piece)
 
     def _pieces(self) -> Iterator[bytes]:
         while size := int(self.rfile.readline().split(b";")[0], 16):

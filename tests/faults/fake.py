@@ -10,6 +10,7 @@ from typing import Any, Callable, NoReturn, Optional
 from keystoneauth1 import exceptions as ksa
 
 from nova_rbd_snap import errors
+from nova_rbd_snap.conf import Store as GlanceStore
 from nova_rbd_snap.engine import unheard
 from nova_rbd_snap.engine.service import Engine
 from nova_rbd_snap.ledger.job import INLINE, SNAP_PREFIX
@@ -94,6 +95,9 @@ def hurry(monkeypatch: Any, guest_module: Any, cell: Cell) -> None:
         monkeypatch.setattr(guest_module, name, value)
 
 
+#: Where Glance keeps images, for an engine that is told of it as of one elsewhere.
+_STORE = GlanceStore("near", "", "nova", DEST.pool)
+
 #: Raises what a call meets, if it meets something.
 Hindrance = Callable[[str, Sequence[Any]], None]
 
@@ -132,14 +136,18 @@ class FakeWorld(world.World):
         clone_format: int = 2,
         old_glance: bool = False,
         flat_disk: bool = False,
+        *,
         flatten: str = INLINE,
+        to_store: bool = False,
     ) -> None:
         """
         :param old_glance: Glance has only the older of its two interfaces for locations.
         :param flat_disk: the server's disk is no clone of an image of Glance's.
         :param flatten: by which policy.
+        :param to_store: the disk is copied into a store of Glance's, which is its own pool here.
         """
         super().__init__(DISK.name, flatten)
+        self._store = _STORE if to_store else None
         self._guest_module = guest_module
         self.cluster = populated(clone_format)
         # Not the first snapshot here: the ledger's object is there.
@@ -166,7 +174,10 @@ class FakeWorld(world.World):
         return hindered
 
     def engine(self, **options: Any) -> Engine:
-        more = {"operation_timeout": TIMEOUT_SECONDS, "flatten": self.policy}
+        more: dict[str, Any] = {"operation_timeout": TIMEOUT_SECONDS, "flatten": self.policy}
+        if self._store is not None:
+            connect = options["connect"]
+            more |= {"stores": (self._store,), "connect_to_store": lambda store: connect(of_store=True)}
         return make_engine(self.cluster, images=self.asked_as_service(), **more, **options)
 
     @staticmethod
@@ -186,6 +197,7 @@ class FakeWorld(world.World):
             perform=lambda job_id: guest.perform(self.compute, job_id, unheard),
             copy=self._copy,
             delete_record=self.delete_record,
+            store=self._store and self._store.name,
         )
 
     def _copy(self, snap: Optional[str]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fault matrix: the steps of the clone way, what can go wrong in each, and what is promised then.
+"""The fault matrix: the steps of the ways, what can go wrong in each, and what is promised then.
 
 ``test_fake.py`` runs all of it on fakes, ``tests/functional/test_faults.py`` on real servers what those can be made to
 do. ``test_matrix.py`` fails where the way makes a call, or an error has a class, that is not named here.
@@ -34,12 +34,14 @@ class Place:
     """The *nth* call of its name within a step.
 
     :ivar first: it is the first call of the step.
+    :ivar of_store: it is to the cluster of a store of Glance's.
     """
 
     step: str
     call: str
     nth: int = 1
     first: bool = field(default=False, compare=False)
+    of_store: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.step}.{self.call}" + (f".{self.nth}" if self.nth > 1 else "")
@@ -62,8 +64,8 @@ def _steps(*rows: tuple[str, str, str]) -> dict[str, Step]:
     return {name: Step(name, frozenset(asks.split()), frozenset(changes.split())) for name, asks, changes in rows}
 
 
-#: What the engine asks of the cluster. That a step is done is told the ledger in the step itself; ``release`` is beside
-#: ``seal``.
+#: What the engine asks of the cluster; ``create`` and ``copy`` are of a copy into a store of Glance's. That a step is
+#: done is told the ledger in the step itself; ``release`` is beside ``seal``.
 ENGINE = _steps(
     ("connect", "connect fsid lookup", ""),
     ("reserve", "fsid address has_pool lookup exists usual_data_pool omap_item used ancestors", "omap_replace"),
@@ -71,6 +73,8 @@ ENGINE = _steps(
     ("protect", "", "protect_snap omap_replace"),
     ("clone", "exists", "clone omap_replace"),
     ("flatten", "", "flatten omap_replace"),
+    ("create", "exists open_snap", "create_blank omap_replace"),
+    ("copy", "open_snap open_blank", "omap_replace"),
     ("release", "exists snaps ask_holder", "unprotect_snap remove_snap"),
     ("seal", "", "create_snap protect_snap omap_replace"),
     ("forget", "omap_item address exists snaps lookup", "omap_replace"),
@@ -82,7 +86,7 @@ GLANCE = _steps(("metadata", "", "properties"), ("register", "", "post patch"), 
 STEPS = {**ENGINE, **GUEST, **GLANCE}
 
 #: There is an rbd image of the image's name, in the way of a full copy until it is undone.
-AFTER_CLONE = ("flatten", "release", "seal", *GLANCE)
+AFTER_CLONE = ("flatten", "copy", "release", "seal", *GLANCE)
 #: The pivot: the image is active, and stays so.
 AFTER_PIVOT = ("forget",)
 
@@ -163,7 +167,8 @@ def _of_the_cluster() -> Iterator[Cause]:
     for error in ANSWERS:
         yield Cause("raises", error, error, calls=everywhere)
     # Only what makes something under a name finds the name taken.
-    yield Cause("raises", errors.AlreadyThere, errors.AlreadyThere, calls=frozenset({"create_snap", "clone"}))
+    made = frozenset({"create_snap", "clone", "create_blank"})
+    yield Cause("raises", errors.AlreadyThere, errors.AlreadyThere, calls=made)
     yield Cause("raises", errors.LedgerConflict, errors.LedgerConflict, calls=frozenset({"omap_replace"}))
     yield Cause("raises", ZeroDivisionError, errors.SnapError, calls=everywhere)
     for error in (errors.Unreachable, errors.Blocklisted):
@@ -193,11 +198,11 @@ def _of_the_servers() -> Iterator[Cause]:
     yield Cause("full", "vms", None, ("protect", "clone", "flatten", "release", "seal", "forget"))
     for_all = {"lasts": True, "bars_undo": True, "bars_copy": True, "suspends": True}
     yield Cause("full_cluster", None, errors.NoSpace, _BEFORE_PIVOT, **for_all)
-    until_cloned = ("connect", "reserve", "snap", "protect", "clone")
+    until_cloned = ("connect", "reserve", "snap", "protect", "clone", "create")
     yield Cause("name_taken", None, errors.AlreadyThere, until_cloned, lasts=True, bars_copy=True)
     yield Cause("snap_taken", None, errors.AlreadyThere, ("connect", "reserve", "snap"), lasts=True)
-    yield Cause("seal_taken", None, errors.AlreadyThere, ("flatten", "seal"), lasts=True, bars_undo=True)
-    yield Cause("clone_open", None, errors.CephError, ("flatten", "seal"), lasts=True, bars_undo=True)
+    yield Cause("seal_taken", None, errors.AlreadyThere, ("flatten", "copy", "seal"), lasts=True, bars_undo=True)
+    yield Cause("clone_open", None, errors.CephError, ("flatten", "copy", "seal"), lasts=True, bars_undo=True)
     # The image is good without; what would cut the guest off from its disk is done once that answers.
     yield Cause("holder_frozen", None, None, ("release",), frozenset({"ask_holder"}), lasts=True)
     for clone_format, error in ((1, errors.Busy), (2, errors.CephError)):
@@ -278,7 +283,7 @@ class Promise:
 class Cell:
     """One cause at one place.
 
-    :ivar variant: of the world it is in: ``clone_format``, ``old_glance``, ``flat_disk``, ``flatten``.
+    :ivar variant: of the world it is in: ``clone_format``, ``old_glance``, ``flat_disk``, ``flatten``, ``to_store``.
     """
 
     place: Place
@@ -303,6 +308,8 @@ class Cell:
         if self.cause.dead:
             return Promise(self._outcome_of_death, None)
         error = self.cause.error
+        if self.place.of_store and error in (errors.Unreachable, errors.Blocklisted):
+            error = errors.StoreSilent
         if self.is_late or error is None:
             return Promise(Outcome.FORWARD, None)
         if error is errors.InDoubt:
@@ -370,10 +377,19 @@ EXEMPTIONS = (
 )
 
 
+#: The kinds that are tried of a copy into a store, which is in the same cluster here; what happens to all of a cluster
+#: is no other than with a clone.
+_OF_STORES = (
+    "raises", "loses_the_answer", "engine_killed", "both_killed", "compute_killed", "denied", "denied_writes", "full",
+    "name_taken", "seal_taken", "clone_open",
+)  # fmt: skip
+
+
 def cells(trace: Iterable[Place], **variant: Any) -> Iterator[Cell]:
     """The cells of a request that calls what is in *trace*."""
     for place in trace:
         for cause in CAUSES:
             fits = variant.get("clone_format", 2) in cause.formats and variant.get("flatten", INLINE) in cause.policies
+            fits = fits and (cause.kind in _OF_STORES or not variant.get("to_store"))
             if fits and cause.meets(place):
                 yield Cell(place, cause, variant)

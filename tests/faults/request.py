@@ -22,9 +22,10 @@ from nova_rbd_snap.openstack.glance import Glance
 from tests.faults.sabotage import Connection, Killed, Saboteur
 
 #: The steps that calls of the engine belong to, but for ``perform``, which reports its own.
-_STEP_OF = {"describe": "connect", "reserve_clone": "reserve", "finish": "forget"}
+_STEP_OF = {"describe": "connect", "reserve_clone": "reserve", "reserve_copy": "reserve", "finish": "forget"}
 
-Connect = Callable[[], Any]
+#: Given ``of_store``, which is True for a connection to the cluster of a store of Glance's.
+Connect = Callable[..., Any]
 
 
 class EngineProcess:
@@ -39,12 +40,12 @@ class EngineProcess:
         self.alive = True
         #: Its connections so far.
         self.connections: list[Connection] = []
-        self.engine = make(self._connection)
+        self.engine = make(self.connection)
 
-    def _connection(self) -> Connection:
+    def connection(self, *, of_store: bool = False) -> Connection:
         if not self.alive:
             raise Killed
-        self.connections.append(Connection(self._connect, self, self._saboteur))
+        self.connections.append(Connection(self._connect, self, self._saboteur, of_store=of_store))
         return self.connections[-1]
 
     def call(self, name: str, arguments: dict[str, Any], patience: float, report: Optional[Report]) -> Any:
@@ -52,10 +53,10 @@ class EngineProcess:
         if not self.alive:
             raise errors.EngineLost(f"the engine ended before '{name}'")
         self._saboteur.enter(_STEP_OF.get(name, name))
-        is_copy = str(arguments.get("job_id")).endswith("-copy")
+        is_freeze = str(arguments.get("job_id")).endswith("-copy")
 
         def noted(step: str, done: int, total: int) -> None:
-            self._saboteur.enter(f"copy {step}" if is_copy else step)
+            self._saboteur.enter(f"full copy {step}" if is_freeze else step)
             if report:
                 report(step, done, total)
 
@@ -150,14 +151,16 @@ class Request:
         perform: clone.Perform,
         copy: Callable[[Optional[str]], None],
         delete_record: Callable[[], None],
+        store: Optional[str] = None,
     ) -> None:
         """
+        :param store: of Glance's, into which the disk is to be copied; None where it is to be cloned.
         :param perform: does a reserved job, with what is to be done about the guest around it.
         :param copy: Nova's own full copy, of the snapshot of that name, or of the suspended guest's disk.
         """
         self._compute, self._glance, self._saboteur = compute, glance, saboteur
         self._image_id, self._disk, self._dest_pool = image_id, disk, dest_pool
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds, self._store = timeout_seconds, store
         self._perform, self._copy, self._delete_record = perform, copy, delete_record
         self.failure: Optional[errors.SnapError] = None
         self.was_copied = False
@@ -188,8 +191,11 @@ class Request:
         self._full_copy()
 
     def _clone(self) -> None:
-        self._compute.describe(self._disk)
-        url = clone.make(self._compute, self._image_id, self._disk, self._dest_pool, self._perform)
+        if self._store is None:
+            self._compute.describe(self._disk)
+            url = clone.make(self._compute, self._image_id, self._disk, self._dest_pool, self._perform)
+        else:
+            url = clone.copy(self._compute, self._image_id, self._disk, self._store, self._perform)
         timeout = {"timeout_seconds": self._timeout_seconds}
         prepare = registration.preparation(self._glance, self._image_id, registration.RAW, **timeout)
         clone.register(self._compute, self._glance, self._image_id, url, prepare, report=unheard, **timeout)

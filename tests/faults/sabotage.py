@@ -65,16 +65,19 @@ class Saboteur:
         """What is called from now on belongs to *step*."""
         self._step = step
 
-    def around(self, call: str, do: Callable[[], Any], step: Optional[str] = None) -> Any:
+    def around(
+        self, call: str, do: Callable[[], Any], step: Optional[str] = None, *, of_store: bool = False
+    ) -> Any:
         """Make the call, or do the mischief, where it is due.
 
         :param step: the call's, where that is not the one that was entered.
+        :param of_store: as :class:`tests.faults.matrix.Place` has it.
         """
         with self._lock:
             step = step or self._step
             self._steps[step] += 1
             self._calls[step, call] += 1
-            place = Place(step, call, self._calls[step, call], first=self._steps[step] == 1)
+            place = Place(step, call, self._calls[step, call], first=self._steps[step] == 1, of_store=of_store)
             self.trace.append(place)
             mischief = self._mischief if self._is_due(place) else None
             self.struck = self.struck or mischief is not None
@@ -85,10 +88,12 @@ class Saboteur:
             return True
         return self.struck and self.for_step and self._place is not None and place.step == self._place.step
 
-    def on_cluster(self, call: str, do: Callable[[], Any], arguments: Sequence[Any]) -> Any:
+    def on_cluster(
+        self, call: str, do: Callable[[], Any], arguments: Sequence[Any], *, of_store: bool = False
+    ) -> Any:
         """:meth:`around`, for a call to the cluster."""
         beside = self._step == "seal" and any(image.name == self._disk for image in images_in(arguments))
-        return self.around(call, do, "release" if beside else None)
+        return self.around(call, do, "release" if beside else None, of_store=of_store)
 
 
 def images_in(arguments: Sequence[Any]) -> list[ImageSpec]:
@@ -100,9 +105,11 @@ def images_in(arguments: Sequence[Any]) -> list[ImageSpec]:
 class Connection:
     """A connection of the engine *process* to the cluster: useless once that is dead."""
 
-    def __init__(self, connect: Callable[[], Any], process: Any, saboteur: Saboteur) -> None:
-        self._connect, self._process, self._saboteur = connect, process, saboteur
-        self._cluster = saboteur.around("connect", connect, "connect")
+    def __init__(
+        self, connect: Callable[[], Any], process: Any, saboteur: Saboteur, *, of_store: bool = False
+    ) -> None:
+        self._connect, self._process, self._saboteur, self._of_store = connect, process, saboteur, of_store
+        self._cluster = saboteur.around("connect", connect, "connect", of_store=of_store)
 
     def connect_anew(self) -> None:
         """The sessions with the servers end, and others begin."""
@@ -118,7 +125,10 @@ class Connection:
     def _call(self, name: str, *arguments: Any, **more: Any) -> Any:
         if not self._process.alive:
             raise Killed
-        return self._saboteur.on_cluster(name, lambda: getattr(self._cluster, name)(*arguments, **more), arguments)
+        def do() -> Any:  # over the connection that there is by then
+            return getattr(self._cluster, name)(*arguments, **more)
+
+        return self._saboteur.on_cluster(name, do, arguments, of_store=self._of_store)
 
 
 #: The step that makes a request of Glance.

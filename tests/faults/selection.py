@@ -33,7 +33,12 @@ def _all() -> Iterator[Cell]:
     for policy in (BACKGROUND, NEVER):
         shared = (place for place in trace_of(flatten=policy) if place.step in (*ENGINE, *GLANCE))
         yield from cells(shared, flatten=policy)
+    copied = (place for place in trace_of(to_store=True) if place.step in _OF_A_COPY)
+    yield from cells(copied, to_store=True)
 
+
+#: The steps of a copy into a store of Glance's that are not as a clone's.
+_OF_A_COPY = ("reserve", "create", "copy", "release", "seal", "forget")
 
 #: What is tried on fakes.
 FAKE = [cell for cell in _all() if not cell.cause.only_real]

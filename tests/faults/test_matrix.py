@@ -21,6 +21,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"flat_disk": True},
     {"flatten": "background"},
     {"flatten": "never"},
+    {"to_store": True},
 )
 
 
@@ -46,15 +47,17 @@ def test_every_call_has_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_step_of_the_saga() -> None:
     assert {step.name for sequence in steps.CLONE_STEPS.values() for step in sequence} <= ENGINE.keys()
+    assert {step.name for step in steps.COPY_STEPS} <= ENGINE.keys()
 
 
 def test_every_error_of_the_cluster() -> None:
-    special = {errors.AlreadyThere, errors.HolderSilent, errors.MayNotFence, errors.LeaseLost}
+    special = {errors.AlreadyThere, errors.HolderSilent, errors.MayNotFence, errors.LeaseLost, errors.StoreSilent}
     assert tree(errors.CephError) == {*ANSWERS, *special}
 
 
 def test_every_error_of_glance() -> None:
-    assert tree(errors.GlanceError) - {errors.GlanceError} <= {cause.error for cause in CAUSES}
+    of_uploads = {errors.GlanceError, errors.Damaged}
+    assert tree(errors.GlanceError) - of_uploads <= {cause.error for cause in CAUSES}
 
 
 def test_every_cause_and_every_exemption_is_met() -> None:
@@ -87,7 +90,8 @@ def test_enough_is_real() -> None:
     real = selection.real_cells()
     assert len(set(map(str, real))) == len(real) >= 80
     assert {cell.promise.outcome for cell in real} == set(Outcome)
-    assert {cell.place.step for cell in real} == {*ENGINE, *GLANCE}
+    # A copy into a store is tried on real servers in tests/e2e/test_copy.py.
+    assert {cell.place.step for cell in real} == {*ENGINE, *GLANCE} - {"create", "copy"}
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,7 @@ def test_jobs_are_listed(shell: Shell) -> None:
         "ID": COPY,
         "Kind": "freeze",
         "Step": "ready",
+        "Percent": 0,
         "Disk": str(DISK),
         "Host": "compute-1",
         "Cloud": "",
@@ -570,6 +571,18 @@ def test_caps_of_the_administrator(shell: Shell) -> None:
     """They are never taken away: without rbd_user nova-compute is client.admin."""
     assert shell("caps", "-f", "json") == 0
     assert {row["User"] for row in shell.rows()} == {"glance"}
+
+
+def test_caps_in_another_cluster(shell: Shell, tmp_path: Path) -> None:
+    """There, of the user that copies are made as."""
+    conf = tmp_path / "other.conf"
+    options = "glance_ceph_conf = /far.conf\nglance_rbd_user = nova-far\nglance_pool = far-images\n"
+    conf.write_text(NOVA_CONF.replace("glance_pool = images\n", options))
+    assert shell("caps", "-f", "json", conf=conf) == 0
+    (row,) = shell.rows()
+    needed = "profile rbd pool=far-images"
+    command = f"ceph --conf /far.conf auth caps client.nova-far mon 'profile rbd' osd '{needed}' mgr '{needed}'"
+    assert (row["User"], row["Command"]) == ("nova-far", command)
 
 
 @pytest.mark.parametrize("words", [["--reader", "cinder"], ["--reader", ":volumes"], ["--policy", "later"]])

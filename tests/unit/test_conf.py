@@ -51,6 +51,51 @@ def test_bad_value_is_named(tmp_path: Path, option: str, value: str) -> None:
         conf.Settings.read(loaded(tmp_path, f"[rbd_snap]\n{option} = {value}\n"))
 
 
+FAR = """
+[rbd_snap]
+glance_ceph_conf = /far.conf
+glance_rbd_user = nova
+glance_pool = images
+glance_stores = edge
+[rbd_snap_store_edge]
+ceph_conf = /edge.conf
+rbd_user = edge
+pool = edge-images
+data_pool = edge-data
+"""
+
+
+def test_stores_elsewhere(tmp_path: Path) -> None:
+    """The one that [rbd_snap] itself tells of comes first; its pool is none of Nova's cluster then."""
+    settings = conf.Settings.read(loaded(tmp_path, FAR))
+    assert settings.stores == (
+        conf.Store("glance", "/far.conf", "nova", "images"),
+        conf.Store("edge", "/edge.conf", "edge", "edge-images", "edge-data"),
+    )
+    assert settings.glance_pool is None
+
+
+@pytest.mark.parametrize(
+    ("missing", "option"),
+    [("glance_pool = images", "glance_pool"), ("pool = edge-images", "[rbd_snap_store_edge] pool")],
+)
+def test_store_without_its_pool(tmp_path: Path, missing: str, option: str) -> None:
+    with pytest.raises(conf.BadOption, match=re.escape(option)):
+        conf.Settings.read(loaded(tmp_path, FAR.replace(f"{missing}\n", "")))
+
+
+@pytest.mark.parametrize(
+    ("snapshot_format", "rules_out"), [("raw", set()), ("qcow2", {"clone"}), ("vmdk", {"clone", "copy"})]
+)
+def test_formats_that_rule_a_way_out(tmp_path: Path, snapshot_format: str, rules_out: set[str]) -> None:
+    text = f"[libvirt]\nimages_type = rbd\nsnapshot_image_format = {snapshot_format}\n"
+    options = loaded(tmp_path, text)
+    options.register_opt(cfg.StrOpt("snapshot_image_format"), group="libvirt")
+    found = {"clone"} if list(conf.reasons_for_no_clone(options)) else set()
+    found |= {"copy"} if conf.reason_for_no_copy(options) else set()
+    assert found == rules_out
+
+
 def test_bad_values_can_be_made_readable(tmp_path: Path) -> None:
     """A service that goes on without us can read every option, as oslo.service does at its start."""
     options = loaded(tmp_path, "[rbd_snap]\nclone_format = 7\noperation_timeout = soon\nglance_pool = images\n")
@@ -69,6 +114,6 @@ def test_register_is_repeatable() -> None:
 
 def test_every_option_says_what_it_is_for() -> None:
     """Each option has a help text that starts with a capital letter and ends with a full stop."""
-    ((group, options),) = conf.list_opts()
-    for text in (group.help, *(option.help for option in options)):
-        assert re.fullmatch(r"[A-Z].*\.", text, re.DOTALL)
+    for group, options in conf.list_opts():
+        for text in (group.help, *(option.help for option in options)):
+            assert re.fullmatch(r"[A-Z].*\.", text, re.DOTALL)

@@ -272,13 +272,14 @@ def test_judge(status: str, locations: Optional[tuple[str, ...]], importing: boo
         (lambda s: s.add(IMAGE), None),
         (lambda s: s.add(IMAGE, instance_uuid=IMAGE), None),
         (lambda s: s.add(IMAGE, status="saving"), None),
+        (lambda s: s.add(IMAGE, status="saving", instance_uuid=SERVER), False),
         (lambda s: None, False),
         (lambda s: s.faults.append(Fault("get", 503)), None),
         (lambda s: s.add(IMAGE, instance_uuid=SERVER) and s.faults.append(Fault("delete", 403)), None),
         (lambda s: s.add(IMAGE, status="importing"), None),
     ],
     ids=[
-        "active", "waiting", "not of a server", "of another server", "upload", "gone", "silent",
+        "active", "waiting", "not of a server", "of another server", "upload", "upload that stays", "gone", "silent",
         "waiting and not ours to delete", "a task at work",
     ],
 )
