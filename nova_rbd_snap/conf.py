@@ -409,7 +409,7 @@ def reasons_for_no_clone(conf: Any) -> Iterator[str]:
             "set it to rbd, or set compute_driver back to libvirt.LibvirtDriver"
         )
     snapshot_format = conf.libvirt.snapshot_image_format
-    if snapshot_format not in (None, "raw"):
+    if snapshot_format not in (None, RAW):
         yield (
             f"[libvirt] snapshot_image_format is {snapshot_format!r}, but a clone holds raw bytes: every snapshot "
             "will be a copy; unset it, or set it to raw"

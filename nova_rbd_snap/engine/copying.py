@@ -27,6 +27,10 @@ from nova_rbd_snap.specs import ImageSpec
 LOG = logging.getLogger(__name__)
 
 
+#: Makes the bytes of an image from their start.
+Chunks = Callable[[], Generator[bytes, None, None]]
+
+
 @dataclass(frozen=True)
 class Target:
     """The image record that an upload is for.
@@ -45,13 +49,7 @@ class Target:
 class Uploads(Protocol):
     """Glance, as it is sent the data of images."""
 
-    def send(
-        self,
-        target: Target,
-        length: int,
-        chunks: Callable[[], Generator[bytes, None, None]],
-        waiting: Callable[[], object],
-    ) -> None:
+    def send(self, target: Target, length: int, chunks: Chunks, waiting: Callable[[], object]) -> None:
         """Set the record's properties and send the data; returns once the image is active with just that.
 
         :param chunks: makes the bytes from their start, once for each attempt, and is closed after it.

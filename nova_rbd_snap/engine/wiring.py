@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.ceph.interface import Cluster
 from nova_rbd_snap.conf import Settings, Store
-from nova_rbd_snap.engine.copying import Target
+from nova_rbd_snap.engine.copying import Chunks, Target
 from nova_rbd_snap.engine.service import Engine
 from nova_rbd_snap.flatten.readers import ScratchImages
 from nova_rbd_snap.janitor.jobs import Images
@@ -45,26 +45,23 @@ _FLATTEN_OBJECTS = 1
 
 def connect(settings: Settings, objects_at_once: Optional[int] = None) -> Cluster:
     """A new connection to the cluster, as nova-compute's Ceph user; see :class:`LibrbdCluster`."""
-    from nova_rbd_snap.ceph.librbd import LibrbdCluster
-
-    return LibrbdCluster(
-        conf=settings.ceph_conf,
-        user=settings.ceph_user,
-        timeout_seconds=settings.operation_timeout,
-        clone_format=settings.clone_format,
-        objects_at_once=objects_at_once,
-    )
+    return _connect(settings, settings.ceph_conf, settings.ceph_user, objects_at_once)
 
 
 def connect_to_store(settings: Settings, store: Store) -> Cluster:
     """A new connection to the cluster of a store of Glance's, as the Ceph user for that."""
+    return _connect(settings, store.ceph_conf, store.ceph_user)
+
+
+def _connect(settings: Settings, conf: str, user: Optional[str], objects_at_once: Optional[int] = None) -> Cluster:
     from nova_rbd_snap.ceph.librbd import LibrbdCluster
 
     return LibrbdCluster(
-        conf=store.ceph_conf,
-        user=store.ceph_user,
+        conf=conf,
+        user=user,
         timeout_seconds=settings.operation_timeout,
         clone_format=settings.clone_format,
+        objects_at_once=objects_at_once,
     )
 
 
@@ -108,13 +105,7 @@ class _Glance:
     def store_type(self) -> Optional[str]:
         return glance(self._nova_conf, self._settings).store_type()
 
-    def send(
-        self,
-        target: Target,
-        length: int,
-        chunks: Callable[[], Generator[bytes, None, None]],
-        waiting: Callable[[], object],
-    ) -> None:
+    def send(self, target: Target, length: int, chunks: Chunks, waiting: Callable[[], object]) -> None:
         from nova_rbd_snap.openstack import keystone, upload
         from nova_rbd_snap.openstack.glance import repeat
 

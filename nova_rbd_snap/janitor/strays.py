@@ -21,7 +21,6 @@ from nova_rbd_snap.janitor.findings import KEEP, REMOVE, TRASH, Finding, Glance,
 from nova_rbd_snap.ledger.job import SNAP_PREFIX
 from nova_rbd_snap.ledger.store import Contents
 from nova_rbd_snap.snapshot import steps
-from nova_rbd_snap.snapshot.saga import Run
 from nova_rbd_snap.specs import GLANCE_SNAP, UUID, ImageSpec, SnapSpec
 
 #: How long the trash keeps an rbd image that a sweep took for nobody's, whatever purges it meanwhile.
@@ -43,10 +42,9 @@ def _is_stray(snap: str) -> bool:
 
 
 def _remove_snap(scene: Scene, spec: SnapSpec, snap_id: int) -> None:
-    run = Run(scene.cluster)
     for snap in scene.cluster.snaps(spec.image):
         if snap.id == snap_id:
-            steps.remove_snap(spec, snap, run.cluster)
+            steps.remove_snap(spec, snap, scene.cluster)
     if any(snap.id == snap_id for snap in scene.cluster.snaps(spec.image)):
         raise errors.CephError(f"{spec} was removed, but is still there")
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Any, Callable, Optional
 
 from nova_rbd_snap import errors
 from nova_rbd_snap.conf import Settings, Store
 from nova_rbd_snap.engine import Report
-from nova_rbd_snap.engine.copying import Target, Uploads
+from nova_rbd_snap.engine.copying import Chunks, Target, Uploads
 from nova_rbd_snap.engine.service import Engine
 from nova_rbd_snap.flatten.bounds import Bounds
 from nova_rbd_snap.janitor.jobs import Images
@@ -109,13 +109,7 @@ class FakeUploads:
             raise errors.NotAuthorized("no credentials")
         return self._store
 
-    def send(
-        self,
-        target: Target,
-        length: int,
-        chunks: Callable[[], Generator[bytes, None, None]],
-        waiting: Callable[[], object],
-    ) -> None:
+    def send(self, target: Target, length: int, chunks: Chunks, waiting: Callable[[], object]) -> None:
         data = b"".join(chunks())
         assert len(data) == length
         waiting()
